@@ -1,0 +1,670 @@
+"""The model: a multi-subject linear fMRI encoding head on a pretrained vision trunk.
+
+Lane & Kiar 2023, "A Parameter-efficient Multi-subject Model for Predicting fMRI Activity"
+("the report"). For layer l with features x_l (n_tokens x n_channels), latent unit d, subject s:
+
+    p_l[d] = sum_n S_l[d,n] sum_c W_l[d,c] dropout(x_l)[n,c]     feature projection
+    h      = mean_l BatchNorm_l(p_l)                             (latent_dim,)
+    z      = A h + B_s h + b_s                                   (pca_dim,)
+    y      = E z + mean                                          (n_vertices,)
+
+Without a subject z = A h: the subject-agnostic group prediction.
+
+In this file: trunk features, head, crops, scores, checkpoint, and at the end what every script
+shares (constants on the command line, one-line errors, files written whole or not at all).
+It imports no stage.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import errno
+import fnmatch
+import hashlib
+import itertools
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+picture_size = 256  # px, side of the prepared pictures (prepare_data.py writes them)
+weights_dir = Path("weights")  # local pretrained trunks, looked at before the network
+
+
+# ---- trunk: token features of a timm ViT -------------------------------------------------------
+
+
+class Trunk(nn.Module):
+    """Raw token features (class token included, no final norm) of named layers of a timm ViT.
+
+    name: timm model; layers: patterns of module names inside its blocks, separated by spaces,
+    with braces and wildcards, as "blocks.{0,2,4}", "blocks.{0..11}", "blocks.*.attn".
+    image_size: px; position embeddings are resized to it where the weights have another size.
+    Nothing above the last block in use is kept or computed.
+    """
+
+    def __init__(self, name, layers, *, image_size=224, pretrained=True, seed=0):
+        super().__init__()
+        self.settings = dict(name=name, layers=layers, image_size=image_size, pretrained=pretrained, seed=seed)
+        self.vit = create_vit(name, image_size, pretrained, seed)
+        self.layers = match_layers([n for n, _ in self.vit.named_modules()], layers)
+        last = max(int(layer.split(".")[1]) for layer in self.layers)
+        self.vit.prune_intermediate_layers([last], prune_norm=True, prune_head=True)
+        self.features = {}
+        for layer in self.layers:
+            self.vit.get_submodule(layer).register_forward_hook(
+                lambda module, args, output, layer=layer: self.features.update({layer: output})
+            )
+        self.image_size = image_size
+        self.mean, self.std = (self.vit.pretrained_cfg[k] for k in ("mean", "std"))
+        self.requires_grad_(False).eval()
+        with torch.no_grad():
+            features = self(torch.zeros(1, 3, image_size, image_size))
+        for layer, x in zip(self.layers, features):
+            if x.ndim != 3:
+                raise Problem(
+                    f"layer {layer} of trunk {name} gives features of shape {tuple(x.shape)}, expected "
+                    "(n_images, n_tokens, n_channels): name whole blocks of a ViT in LAYERS, "
+                    'for example "blocks.{0,2,4,6,8,10}"'
+                )
+        self.feature_shapes = [tuple(x.shape[1:]) for x in features]  # (n_tokens, n_channels)
+
+    def train(self, mode=True):
+        return super().train(False)  # the trunk keeps its inference behaviour in both phases
+
+    def forward(self, images):
+        """images (n, 3, image_size, image_size), normalised -> per layer (n, n_tokens, n_channels)."""
+        self.vit.forward_features(images)
+        features = [self.features[layer] for layer in self.layers]
+        self.features.clear()
+        return features
+
+    def attention_parameters(self):
+        """Names of the q, k, v and output projections of all blocks kept (report: phase 2)."""
+        pattern = re.compile(r"vit\.blocks\.\d+\.attn\.((qkv|[qkv]_proj|proj)\.(weight|bias)|[qkv]_bias)")
+        names = [n for n, _ in self.named_parameters() if pattern.fullmatch(n)]
+        blocks = {n.split(".")[2] for n in names}
+        if len(blocks) != len(self.vit.blocks):
+            raise Problem(
+                f"found self-attention weights in {len(blocks)} of {len(self.vit.blocks)} blocks of "
+                f"{type(self.vit).__name__}, expected all: phase 2 needs a ViT trunk (README, trunks)"
+            )
+        return names
+
+
+def create_vit(name, image_size, pretrained, seed):
+    """timm model without a classifier. Pretrained weights come from weights/NAME.* or the hub."""
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base) or (tag and name not in timm.list_models(base + ".*", pretrained=True)):
+        near = difflib.get_close_matches(name, timm.list_models() + timm.list_models(pretrained=True), 3)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise Problem(f"unknown trunk {name}, expected a timm model name{hint}")
+    local = sorted(weights_dir.glob(glob_escape(name) + ".*")) if pretrained else []
+    overlay = {"pretrained_cfg_overlay": {"file": str(local[0])}} if local else {}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            vit = timm.create_model(
+                name, pretrained=pretrained, num_classes=0, img_size=image_size, **overlay
+            )
+    except TypeError:
+        vit = None  # convolutional networks take no img_size
+    except Exception as error:
+        if not pretrained:
+            raise Problem(f"timm cannot build trunk {name} at {image_size} px: {error}")
+        raise Problem(
+            f"no pretrained weights for trunk {name}: {local[0] if local else 'the hub'} gave "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}\nWithout network, fetch the weights "
+            f"file elsewhere (huggingface.co/timm/{name}, model.safetensors) and put it at "
+            f"{weights_dir / (name + '.safetensors')}; or, for random weights, --pretrained false"
+        )
+    if not hasattr(vit, "blocks") or not hasattr(vit, "prune_intermediate_layers"):
+        raise Problem(
+            f"trunk {name} has no transformer blocks with tokens, expected a ViT such as "
+            "eva02_base_patch14_224.mim_in22k (README, trunks)"
+        )
+    return vit
+
+
+def match_layers(names, patterns):
+    """Names, in module order, that the patterns match; every pattern must match something."""
+    blocks = [n for n in names if re.match(r"blocks\.\d+(\.|$)", n)]
+    matched = set()
+    for pattern in [p for whole in split_patterns(patterns) for p in expand_braces(whole)]:
+        # a wildcard stands for one part of a name, so that blocks.* means blocks, not their insides
+        found = [n for n in blocks if n.count(".") == pattern.count(".") and fnmatch.fnmatchcase(n, pattern)]
+        if not found:
+            top = [n for n in blocks if n.count(".") == 1]
+            raise Problem(
+                f"layer pattern {pattern} (from {patterns!r}) matches nothing in the trunk, "
+                f"which has {top[0]} … {top[-1]} and their submodules"
+            )
+        matched.update(found)
+    if not matched:
+        raise Problem(f"LAYERS {patterns!r} names no layer, expected for example blocks.{{0,2,4}}")
+    return [n for n in blocks if n in matched]
+
+
+def split_patterns(patterns):
+    return re.findall(r"(?:\{[^}]*\}|[^\s{,;])+", patterns)
+
+
+def expand_braces(pattern):
+    """'blocks.{0,2}' -> ['blocks.0', 'blocks.2']; '{0..3}' counts."""
+    parts = []
+    for part in re.split(r"(\{[^{}]*\})", pattern):
+        counts = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
+        if counts:
+            parts.append([str(i) for i in range(int(counts[1]), int(counts[2]) + 1)])
+        elif part.startswith("{"):
+            parts.append([p.strip() for p in part[1:-1].split(",")])
+        else:
+            parts.append([part])
+    return ["".join(choice) for choice in itertools.product(*parts)]
+
+
+# ---- head ---------------------------------------------------------------------------------------
+
+
+class FeatureProjection(nn.Module):
+    """1x1 convolution, then a learned spatial pooling map per latent unit, then batch norm.
+
+    spatial S (latent_dim, n_tokens), channel W (latent_dim, n_channels): the full projection of
+    latent unit d is the outer product of S[d] and W[d], 1000 times fewer weights than a dense one.
+    """
+
+    def __init__(self, n_tokens, n_channels, latent_dim):
+        super().__init__()
+        self.spatial = nn.Parameter(uniform(latent_dim, n_tokens))
+        self.channel = nn.Parameter(uniform(latent_dim, n_channels))
+        self.norm = nn.BatchNorm1d(latent_dim)
+
+    def forward(self, x):
+        y = F.linear(x, self.channel)  #                             (n, n_tokens, latent_dim)
+        p = torch.einsum("ntd,dt->nd", y, self.spatial.to(y.dtype))  # (n, latent_dim)
+        return self.norm(p.float())  #                               (n, latent_dim)
+
+
+class Head(nn.Module):
+    """The multi-subject encoding head.
+
+    feature_shapes: (n_tokens, n_channels) of each trunk layer. Table 1 on EVA02-base with 39,548
+    vertices: 25,200,640 trainable and 106,234,492 total parameters.
+    """
+
+    def __init__(self, feature_shapes, latent_dim, pca_dim, n_subjects, n_vertices, dropout=0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.projections = nn.ModuleList(FeatureProjection(t, c, latent_dim) for t, c in feature_shapes)
+        self.shared = nn.Parameter(uniform(pca_dim, latent_dim))  # A
+        self.subject_weight = nn.Parameter(uniform(n_subjects, pca_dim, latent_dim))  # B
+        self.subject_bias = nn.Parameter(uniform(n_subjects, pca_dim, fan_in=latent_dim))  # b
+        # group PCA, frozen: set_embedding fills it
+        self.embed_weight = nn.Parameter(torch.zeros(n_vertices, pca_dim), requires_grad=False)  # E
+        self.embed_bias = nn.Parameter(torch.zeros(n_vertices), requires_grad=False)  # mean
+
+    def set_embedding(self, components, mean):
+        """components (n_vertices, pca_dim), orthonormal columns; mean (n_vertices,)."""
+        with torch.no_grad():
+            self.embed_weight.copy_(components)
+            self.embed_bias.copy_(mean)
+
+    def forward(self, features, subject=None):
+        """features: per layer (n, n_tokens, n_channels); subject (n,) int64 or None for the group
+        prediction -> activity latents z (n, pca_dim), float32."""
+        h = []
+        for projection, x in zip(self.projections, features):
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))  # half the traffic of dropout
+            x = F.dropout(x, self.dropout, self.training)  #    (n, n_tokens, n_channels)
+            h.append(projection(x))
+        # the maps cost a thousandth of the trunk: full precision keeps rounding out of z
+        with torch.autocast(h[0].device.type, enabled=False):
+            h = torch.stack(h).mean(0)  #                       (n, latent_dim)
+            z = F.linear(h, self.shared)  #                     (n, pca_dim)
+            if subject is not None:
+                n_subjects, pca_dim = self.subject_bias.shape
+                every = F.linear(h, self.subject_weight.flatten(0, 1), self.subject_bias.flatten())
+                every = every.view(-1, n_subjects, pca_dim)  #  (n, n_subjects, pca_dim)
+                z = z + every[torch.arange(len(z), device=z.device), subject]
+        return z
+
+    def decode(self, z):
+        """z (n, pca_dim) -> activity y (n, n_vertices), float32."""
+        return F.linear(z, self.embed_weight, self.embed_bias)
+
+
+def uniform(*shape, fan_in=None):
+    """Uniform in +-1/sqrt(fan_in), as nn.Linear; fan_in defaults to the last dimension."""
+    bound = (fan_in or shape[-1]) ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound)
+
+
+class Encoder(nn.Module):
+    """Trunk and head together: pictures in, activity latents out."""
+
+    def __init__(self, trunk, head):
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, images, subject=None):
+        """images (n, 3, size, size) normalised, subject (n,) or None -> z (n, pca_dim)."""
+        return self.head(self.trunk(images), subject)
+
+    def n_parameters(self):
+        """(trainable, total) of the head."""
+        parameters = list(self.head.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+@torch.inference_mode()
+def predict_latents(encoder, crops, batches, precision=torch.float32):
+    """z (n, pca_dim) float32 of whole pictures, resized only (report: evaluation).
+
+    batches: iterable of (images uint8 (n, 256, 256, 3), subject int64 (n,) or None), on any device.
+    """
+    encoder.eval()
+    device = next(encoder.parameters()).device
+    latents = []
+    for images, subject in batches:
+        with autocast(device, precision):
+            z = encoder(crops.whole(images.to(device)), None if subject is None else subject.to(device))
+        latents.append(z)
+    return torch.cat(latents)
+
+
+# ---- crops --------------------------------------------------------------------------------------
+
+
+class Crops:
+    """Square crops of a batch of pictures, resized on the device in two matrix products.
+
+    Antialiased bicubic, equal to torchvision's resized_crop on floats. Every crop has its own box;
+    the resampling weights of each crop size are computed once, since sizes are whole pixels.
+
+    source: px of the pictures; size: px of the result; smallest: px of the smallest crop.
+    """
+
+    def __init__(self, trunk, smallest=picture_size, source=picture_size, device="cpu"):
+        self.source, self.size, self.smallest, self.device = source, trunk.image_size, smallest, device
+        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (trunk.mean, trunk.std))
+        self.mean, self.std = mean, std
+        # weights of all crop sizes, zeros on both sides: a box that starts at pixel i is a shift by i
+        table = torch.zeros(source - smallest + 1, self.size, 3 * source)
+        for k, crop in enumerate(range(smallest, source + 1)):
+            table[k, :, source : source + crop] = resize_weights(crop, self.size)
+        self.table = table.to(device)
+
+    def __call__(self, images, top, left, size):
+        """images (n, source, source, 3) uint8; top, left, size (n,) int64 px, on self.device
+        -> (n, 3, size, size) float32, normalised with the trunk's mean and std."""
+        n = len(images)
+        with torch.autocast(images.device.type, enabled=False):
+            rows, columns = self.weights(top, size), self.weights(left, size)  # (n, size, source)
+            x = torch.bmm(rows, images.flatten(2).float())  #                     (n, size, source*3)
+            x = x.view(n, self.size, self.source, 3).permute(0, 3, 1, 2)
+            x = torch.bmm(x.reshape(n, -1, self.source), columns.transpose(1, 2))
+            x = x.view(n, 3, self.size, self.size)
+            return x.sub_(self.mean).div_(self.std)
+
+    def weights(self, start, size):
+        pixel = torch.arange(self.source, device=self.device) + self.source  # (source,)
+        out = torch.arange(self.size, device=self.device)
+        return self.table[
+            (size - self.smallest)[:, None, None], out[None, :, None], (pixel - start[:, None])[:, None]
+        ]
+
+    def whole(self, images):
+        """Evaluation: resize only. images (n, source, source, 3) uint8 on self.device."""
+        start = torch.zeros(len(images), dtype=torch.int64, device=self.device)
+        return self(images, start, start, start + self.source)
+
+
+def resize_weights(source, size):
+    """Antialiased bicubic resampling (a = -0.5), source px -> size px: weights (size, source)."""
+    scale = max(source / size, 1.0)
+    centre = (torch.arange(size, dtype=torch.float64) + 0.5) * source / size
+    first = (centre - 2 * scale + 0.5).long().clamp(min=0)
+    last = (centre + 2 * scale + 0.5).long().clamp(max=source)
+    pixel = torch.arange(source)
+    x = ((pixel + 0.5 - centre[:, None]) / scale).abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    weights *= (pixel >= first[:, None]) & (pixel < last[:, None])
+    return (weights / weights.sum(1, keepdim=True)).float()
+
+
+def random_boxes(n, smallest_area, rng, source=picture_size):
+    """Square boxes of area uniform in [smallest_area, 1]: top, left, size, each (n,) int64 px."""
+    size = np.rint(source * np.sqrt(rng.uniform(smallest_area, 1, n))).astype(np.int64)
+    top, left = (rng.random((2, n)) * (source - size + 1)).astype(np.int64)
+    return tuple(torch.from_numpy(v) for v in (top, left, size))
+
+
+def smallest_crop(smallest_area, source=picture_size):
+    """Side in px of the smallest box that random_boxes draws."""
+    if not 0 < smallest_area <= 1:
+        raise Problem(f"CROP_SCALE is {smallest_area}, expected an area fraction above 0 and up to 1")
+    return int(np.rint(source * np.sqrt(smallest_area)))
+
+
+# ---- scores -------------------------------------------------------------------------------------
+
+
+def r2_score(activity, prediction):
+    """R² of every vertex, as sklearn.metrics.r2_score: 1 - sum (y - ŷ)² / sum (y - mean y)².
+
+    activity, prediction (n_images, n_vertices) tensors -> (n_vertices,) float64. A constant vertex
+    scores 1 if predicted exactly, else 0 (sklearn's rule); fewer than two images score NaN.
+    """
+    activity, prediction = activity.float(), prediction.float()
+    if len(activity) < 2:
+        return torch.full(activity.shape[1:], torch.nan, dtype=torch.float64)
+    residual = (activity - prediction).square_().sum(0, dtype=torch.float64)
+    total = (activity - activity.mean(0)).square_().sum(0, dtype=torch.float64)
+    constant = (activity == activity[0]).all(0)
+    r2 = 1 - residual / total
+    r2[constant] = (residual[constant] == 0).double()
+    return r2.cpu()
+
+
+def median_r2(scores, subjects, name="r2"):
+    """Headline medians. scores: per subject (n_vertices of that subject,) or None without pictures
+    -> {name: over all subjects and vertices, name_subj01: …}; NaN where nothing was scored."""
+    known = [np.asarray(s) for s in scores if s is not None]
+    whole = np.concatenate(known) if known else np.array([])
+    medians = {name: finite_median(whole)}
+    for subject, score in zip(subjects, scores):
+        medians[f"{name}_{subject}"] = finite_median(np.array([]) if score is None else np.asarray(score))
+    return medians
+
+
+def finite_median(values):
+    values = values[~np.isnan(values)]
+    return float(np.median(values)) if len(values) else float("nan")
+
+
+# ---- vertex space and checkpoint ----------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Space:
+    """The common vertex space: the union over subjects of their vertices, left hemisphere first.
+
+    subjects: names, n_subjects of them. vertices (n_vertices,) int64: index on fsaverage (of one
+    hemisphere, 163,842). n_lh: how many of them are left. mask (n_subjects, n_vertices) bool: which
+    vertices a subject has. rois: {group: {"names": {label: name}, "labels": (n_subjects,
+    n_vertices) int16, 0 where unlabelled}}; groups are streams, prf-visualrois, floc-….
+    """
+
+    subjects: list
+    vertices: torch.Tensor
+    n_lh: int
+    mask: torch.Tensor
+    rois: dict
+
+    @property
+    def n_vertices(self):
+        return len(self.vertices)
+
+    def hemisphere(self, subject, hemi):
+        """Columns of the common space that subject (an index) has in hemi ("lh" or "rh"), in the
+        order of the challenge's columns: (n,) int64."""
+        columns = torch.arange(self.n_vertices)
+        side = columns < self.n_lh if hemi == "lh" else columns >= self.n_lh
+        return columns[side & self.mask[subject]]
+
+
+def save_checkpoint(path, encoder, *, space, made_with, scores, step):
+    """Write all that prediction needs. made_with: constants and fingerprints of what made it.
+    Of the trunk only trained parameters are stored; the rest is known by its fingerprint.
+    """
+    trained = {name: p.detach().cpu() for name, p in encoder.trunk.named_parameters() if p.requires_grad}
+    head = {name: v.detach().cpu() for name, v in encoder.head.state_dict().items()}
+    checkpoint = {
+        "format": "encoder-1",
+        "fingerprint": fingerprint(*head.values(), *trained.values()),
+        "made_with": made_with,
+        "versions": versions(),
+        "trunk_settings": encoder.trunk.settings,
+        "trunk": trained,
+        "trunk_fingerprint": trunk_fingerprint(encoder.trunk, trained),
+        "head": head,
+        "space": vars(space),
+        "scores": scores,
+        "step": step,
+    }
+    with write_whole(path) as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> (encoder on device in evaluation mode, space, checkpoint dict without the big tensors)."""
+    checkpoint = load_torch(path, "encoder-1", "a checkpoint of train_head.py or finetune.py")
+    trunk = Trunk(**checkpoint["trunk_settings"])
+    found = trunk_fingerprint(trunk, checkpoint["trunk"])
+    if found != checkpoint["trunk_fingerprint"]:
+        raise Problem(
+            f"{path}: the trunk {trunk.settings['name']} built here has weights {found}, the checkpoint was "
+            f"made with {checkpoint['trunk_fingerprint']} (timm {checkpoint['versions']['timm']}, torch "
+            f"{checkpoint['versions']['torch']}). Use the same weights file and versions, or train anew"
+        )
+    trunk.load_state_dict(checkpoint.pop("trunk"), strict=False)
+    weights = checkpoint.pop("head")
+    n_subjects, pca_dim, latent_dim = weights["subject_weight"].shape
+    head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, len(weights["embed_bias"]))
+    head.load_state_dict(weights)
+    space = Space(**checkpoint.pop("space"))
+    return Encoder(trunk, head).to(device).eval(), space, checkpoint
+
+
+def trunk_fingerprint(trunk, trained=()):
+    """Of the trunk's weights, less those named in trained."""
+    state = trunk.state_dict()
+    return fingerprint(*(v for name, v in state.items() if name not in trained))
+
+
+# ---- shared by all scripts ----------------------------------------------------------------------
+
+
+class Problem(Exception):
+    """Something the user can mend: printed as one message without a traceback, exit code 1."""
+
+
+def run_script(main, namespace):
+    """Run a stage from the command line: override its constants by name, then main().
+
+    namespace: the script's globals(). A constant is an UPPER_CASE number, string, true/false or
+    tuple of numbers; the type of its value is the type that the command line must have.
+    """
+    start = time.perf_counter()
+    try:
+        override_constants(namespace, sys.argv[1:])
+        main()
+        seconds = time.perf_counter() - start
+        print(f"{Path(sys.argv[0]).name}: {seconds:.0f} s, peak memory {peak_memory()}")
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command starts again")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU has too little memory; lower BATCH_SIZE (or MICRO_BATCH where there is one)")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        sys.exit(f"error: {error.strerror}: {error.filename or 'while writing'}; nothing finished was touched")
+
+
+def constants(namespace):
+    """{NAME: value} of a script's UPPER_CASE constants."""
+    return {
+        name: value
+        for name, value in namespace.items()
+        if re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and isinstance(value, (bool, int, float, str, tuple))
+    }
+
+
+def override_constants(namespace, arguments):
+    known = constants(namespace)
+    parser = argparse.ArgumentParser(
+        description=namespace["__doc__"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    about = constant_comments(namespace["__file__"])
+    for name, value in known.items():
+        spellings = {f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}
+        text = f"now {show(value)}; {about.get(name, '')}".replace("%", "%%").rstrip("; ")
+        parser.add_argument(*sorted(spellings), dest=name, metavar=type(value).__name__, help=text)
+
+    def refuse(message):
+        names = " ".join("--" + name.lower() for name in known)
+        raise Problem(f"{message}\nconstants of this script: {names} (--help tells about them)")
+
+    parser.error = refuse
+    for name, text in vars(parser.parse_args(arguments)).items():
+        if text is not None:
+            namespace[name] = parse_constant(name, text, known[name])
+
+
+def parse_constant(name, text, value):
+    """text as the type of value."""
+    try:
+        if isinstance(value, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(value, tuple):
+            return tuple(float(part) for part in text.strip("()").split(","))
+        return type(value)(text)
+    except (KeyError, ValueError):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(
+            type(value), "numbers with commas between them"
+        )
+        raise Problem(f"--{name.lower()} is {text!r}, expected {kind}, such as {show(value)}")
+
+
+def show(value):
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'
+
+
+def constant_comments(path):
+    """The comment behind each constant's line, for --help."""
+    text = Path(path).read_text(encoding="utf-8")
+    return {m[1]: m[2] for m in re.finditer(r"^([A-Z][A-Z0-9_]*) = .*?  # (.*)$", text, re.MULTILINE)}
+
+
+def choose_device(name):
+    """"auto" is the GPU where there is one; "cuda", "cuda:1", "cpu"."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise Problem(f"DEVICE is {name}, but torch {torch.__version__} sees no GPU: --device cpu runs without")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise Problem(f"DEVICE is {name!r}, expected auto, cpu, cuda or cuda:N")
+
+
+def choose_precision(name, device):
+    """"auto": bfloat16 where the hardware computes it, else float16 on a GPU, float32 on a CPU."""
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name in known:
+        return known[name]
+    if name != "auto":
+        raise Problem(f"PRECISION is {name!r}, expected auto, float32, float16 or bfloat16")
+    if device.type == "cuda":
+        # without emulation: a V100 would else claim bfloat16
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(device, precision):
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+@contextlib.contextmanager
+def write_whole(path):
+    """A file that appears under its name complete or not at all: written aside, flushed, renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself has to reach the disk
+        os.fsync(folder)
+        os.close(folder)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def load_torch(path, kind, what):
+    """A dict saved by torch.save, read without running code. kind: its "format" entry."""
+    path = Path(path)
+    if not path.is_file():
+        raise Problem(f"{path} not found, expected {what}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise Problem(f"{path} cannot be read ({str(error).splitlines()[0]:.200}), expected {what}")
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if found != kind:
+        raise Problem(f"{path} has format {found}, expected {kind}: {what}")
+    return content
+
+
+def fingerprint(*items):
+    """16 hex digits of SHA-256 over arrays, tensors, strings and numbers."""
+    digest = hashlib.sha256()
+    for item in items:
+        if isinstance(item, torch.Tensor):
+            item = item.detach().cpu().contiguous().view(torch.uint8).numpy() if item.ndim else str(item.item())
+        if isinstance(item, np.ndarray):
+            digest.update(str((item.dtype, item.shape)).encode())
+            digest.update(np.ascontiguousarray(item).data)
+        else:
+            digest.update(repr(item).encode())
+    return digest.hexdigest()[:16]
+
+
+def versions():
+    """Of what can change a result, and the commit where there is git."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    found["numpy"] = np.__version__
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        found["commit"] = subprocess.check_output(
+            ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"],
+            text=True, stderr=subprocess.DEVNULL,
+        ).strip()  # fmt: skip
+    return {name: str(value) for name, value in found.items()}
+
+
+def peak_memory():
+    unit = 1 if sys.platform == "darwin" else 1024
+    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    if torch.cuda.is_available():
+        text += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    return text
+
+
+def glob_escape(text):
+    return re.sub(r"([\[\]*?])", r"[\1]", text)
