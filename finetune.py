@@ -11,10 +11,11 @@ from pathlib import Path
 import fit_pca
 import prepare_data
 import train_head
-from model import Problem, constants, load_checkpoint, run_script
+from model import check_made, constants, load_checkpoint, run_script
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data and PCA
 RUN_DIR = train_head.RUN_DIR  # holds head.pt; finetuned.pt, log and curves are written there
+CHECKPOINT = ""  # what to start from, also the authors' weights; empty: RUN_DIR/head.pt
 
 BATCH_SIZE = 192  # samples per optimiser step (report, Table 3)
 MICRO_BATCH = 0  # samples at a time; 0: the whole batch. Less needs less GPU memory; batch norm sees it
@@ -36,22 +37,18 @@ OVERWRITE = False  # start anew although RUN_DIR holds this stage's results
 
 
 def main():
+    train_head.check_settings(constants(globals()))
     data = prepare_data.load(DATA_DIR)
     pca = fit_pca.load(DATA_DIR, data)
-    path = Path(RUN_DIR) / "head.pt"
-    encoder, _, made = load_checkpoint(path)
-    for what, now in (("data_fingerprint", data.fingerprint), ("pca_fingerprint", pca.fingerprint)):
-        if made["made_with"][what] != now:
-            raise Problem(
-                f"{path} was trained with {what} {made['made_with'][what]}, {DATA_DIR} holds {now}: run "
-                f"python train_head.py --data_dir {DATA_DIR} --run_dir {RUN_DIR} --overwrite true"
-            )
+    path = Path(CHECKPOINT or Path(RUN_DIR) / "head.pt")
+    encoder, _, made = load_checkpoint(path, space=data.space)
+    made_from = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
+    mend = f"python train_head.py --data_dir {DATA_DIR} --run_dir {RUN_DIR} --overwrite true trains a new one"
+    check_made(path, made, mend, **made_from)
     encoder.head.dropout = FEATURE_DROPOUT
     for name in encoder.trunk.attention_parameters():
         encoder.trunk.get_parameter(name).requires_grad_(True)
-    made_from = {
-        "data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint, "head_fingerprint": made["fingerprint"],
-    }  # fmt: skip
+    made_from["head_fingerprint"] = made["fingerprint"]
     train_head.train("finetune", "finetuned.pt", encoder, data, pca, constants(globals()), made_from)
 
 

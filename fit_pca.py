@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import prepare_data
 from model import (
-    Problem, choose_device, constants, fingerprint, load_torch, median_r2, r2_score, run_script, versions, write_whole,
+    Problem, check_disk, choose_device, constants, fingerprint, load_torch, median_r2, r2_score, run_script, versions, write_whole,
 )  # fmt: skip
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data; pca.pt is written there too
@@ -174,6 +174,7 @@ def main():
             f"PCA_DIM is {PCA_DIM}, expected 1 to {most}, the smaller of {len(rows)} training samples and "
             f"{data.space.n_vertices} vertices; --pca_dim {min(most, max(1, most // 2))}, for example"
         )
+    check_disk(DATA_DIR, 4 * PCA_DIM * (data.space.n_vertices + len(data.subject)))
     activity = Activity(data, rows, device)
     components, total_variance = fit(activity, PCA_DIM, PASSES, SEED)
     activity.kept = None

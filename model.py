@@ -27,6 +27,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -40,6 +41,9 @@ from torch import nn
 
 picture_size = 256  # px, side of the prepared pictures (prepare_data.py writes them)
 weights_dir = Path("weights")  # local pretrained trunks, looked at before the network
+disk_errors = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
+)  # fmt: skip
 
 
 # ---- trunk: token features of a timm ViT -------------------------------------------------------
@@ -61,6 +65,7 @@ class Trunk(nn.Module):
         self.layers = match_layers([n for n, _ in self.vit.named_modules()], layers)
         last = max(int(layer.split(".")[1]) for layer in self.layers)
         self.vit.prune_intermediate_layers([last], prune_norm=True, prune_head=True)
+        self.stored = set()  # names of weights that a checkpoint brought: not the pretrained ones
         self.features = {}
         for layer in self.layers:
             self.vit.get_submodule(layer).register_forward_hook(
@@ -191,9 +196,48 @@ class FeatureProjection(nn.Module):
         self.norm = nn.BatchNorm1d(latent_dim)
 
     def forward(self, x):
-        y = F.linear(x, self.channel)  #                             (n, n_tokens, latent_dim)
-        p = torch.einsum("ntd,dt->nd", y, self.spatial.to(y.dtype))  # (n, latent_dim)
-        return self.norm(p.float())  #                               (n, latent_dim)
+        """x (n, n_tokens, n_channels) -> (n, latent_dim), float32 at least."""
+        return self.norm(ProjectAndPool.apply(x, self.channel, self.spatial))
+
+
+class ProjectAndPool(torch.autograd.Function):
+    """p[n,d] = sum_t S[d,t] sum_c W[d,c] x[n,t,c], computed in the type of x.
+
+    Both products with S run over a few images at a time, while these are in the cache: on a CPU
+    the step's whole head takes 0.6 of what autograd's einsum needs (benchmark.py), and the
+    (n, n_tokens, latent_dim) product with S is never stored.
+    """
+
+    @staticmethod
+    def forward(ctx, x, channel, spatial):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        w, s = channel.to(x.dtype), spatial.T.to(x.dtype).contiguous()
+        ctx.at_once = 64 if x.is_cuda else 8
+        y = [F.linear(part, w) for part in x.split(ctx.at_once)]  #       (at_once, n_tokens, latent_dim)
+        p = torch.cat([(part * s).sum(1, dtype=wide) for part in y])  #   (n, latent_dim)
+        ctx.save_for_backward(x, w, s, *y)
+        return p
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w, s, *y = ctx.saved_tensors
+        parts = grad.to(x.dtype)[:, None].split(ctx.at_once)  #           (at_once, 1, latent_dim)
+        grad_spatial = sum((part * g).sum(0, dtype=grad.dtype) for part, g in zip(y, parts))
+        grad_y = torch.cat([g * s for g in parts])  #                     (n, n_tokens, latent_dim)
+        grad_channel = (grad_y.flatten(0, 1).T @ x.flatten(0, 1)).to(grad.dtype)
+        grad_x = grad_y @ w if ctx.needs_input_grad[0] else None  #       phase 2 only
+        return grad_x, grad_channel, grad_spatial.T
+
+
+def dropout(x, p):
+    """As F.dropout in training; p is rounded to 1/65536."""
+    if x.is_cuda or p == 0:
+        return F.dropout(x, p)
+    # torch's CPU dropout draws one number an element and takes as long as the projection's product
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    keep = round((1 - p) * 65536)
+    mask = (bits.view(torch.int16)[: x.numel()].view(x.shape) < keep - 32768).to(x.dtype)
+    return x * mask.mul_(65536 / keep)
 
 
 class Head(nn.Module):
@@ -206,6 +250,7 @@ class Head(nn.Module):
     def __init__(self, feature_shapes, latent_dim, pca_dim, n_subjects, n_vertices, dropout=0.0):
         super().__init__()
         self.dropout = dropout
+        self.bias_count = 1  # the authors' published weights: 2, see convert_published
         self.projections = nn.ModuleList(FeatureProjection(t, c, latent_dim) for t, c in feature_shapes)
         self.shared = nn.Parameter(uniform(pca_dim, latent_dim))  # A
         self.subject_weight = nn.Parameter(uniform(n_subjects, pca_dim, latent_dim))  # B
@@ -227,8 +272,9 @@ class Head(nn.Module):
         for projection, x in zip(self.projections, features):
             if torch.is_autocast_enabled(x.device.type):
                 x = x.to(torch.get_autocast_dtype(x.device.type))  # half the traffic of dropout
-            x = F.dropout(x, self.dropout, self.training)  #    (n, n_tokens, n_channels)
-            h.append(projection(x))
+            if self.training:
+                x = dropout(x, self.dropout)
+            h.append(projection(x))  #                          (n, latent_dim)
         # the maps cost a thousandth of the trunk: full precision keeps rounding out of z
         with torch.autocast(h[0].device.type, enabled=False):
             h = torch.stack(h).mean(0)  #                       (n, latent_dim)
@@ -240,9 +286,9 @@ class Head(nn.Module):
                 z = z + every[torch.arange(len(z), device=z.device), subject]
         return z
 
-    def decode(self, z):
-        """z (n, pca_dim) -> activity y (n, n_vertices), float32."""
-        return F.linear(z, self.embed_weight, self.embed_bias)
+    def decode(self, z, group=False):
+        """z (n, pca_dim) -> activity y (n, n_vertices), float32. group: z is a group prediction."""
+        return F.linear(z, self.embed_weight, self.embed_bias * (1 if group else self.bias_count))
 
 
 def uniform(*shape, fan_in=None):
@@ -431,7 +477,8 @@ def save_checkpoint(path, encoder, *, space, made_with, scores, step):
     """Write all that prediction needs. made_with: constants and fingerprints of what made it.
     Of the trunk only trained parameters are stored; the rest is known by its fingerprint.
     """
-    trained = {name: p.detach().cpu() for name, p in encoder.trunk.named_parameters() if p.requires_grad}
+    stored = encoder.trunk.stored | {name for name, p in encoder.trunk.named_parameters() if p.requires_grad}
+    trained = {name: v.detach().cpu() for name, v in encoder.trunk.state_dict().items() if name in stored}
     head = {name: v.detach().cpu() for name, v in encoder.head.state_dict().items()}
     checkpoint = {
         "format": "encoder-1",
@@ -442,6 +489,7 @@ def save_checkpoint(path, encoder, *, space, made_with, scores, step):
         "trunk": trained,
         "trunk_fingerprint": trunk_fingerprint(encoder.trunk, trained),
         "head": head,
+        "bias_count": encoder.head.bias_count,
         "space": vars(space),
         "scores": scores,
         "step": step,
@@ -450,24 +498,87 @@ def save_checkpoint(path, encoder, *, space, made_with, scores, step):
         torch.save(checkpoint, file)
 
 
-def load_checkpoint(path, device="cpu"):
-    """-> (encoder on device in evaluation mode, space, checkpoint dict without the big tensors)."""
-    checkpoint = load_torch(path, "encoder-1", "a checkpoint of train_head.py or finetune.py")
+def load_checkpoint(path, device="cpu", space=None):
+    """-> (encoder on device in evaluation mode, space, checkpoint dict without the big tensors).
+
+    space: vertex space of the prepared data; only the authors' published files need it, which
+    hold none.
+    """
+    content = read_torch(path, "a checkpoint of train_head.py or finetune.py")
+    if set(content) >= {"trunk", "encoder"}:
+        checkpoint = convert_published(content, space, path)
+    else:
+        checkpoint = check_format(content, path, "encoder-1", "a checkpoint of train_head.py or finetune.py")
+    space = Space(**checkpoint.pop("space"))
+    if not all(re.fullmatch(r"subj\d\d", name) for name in space.subjects):
+        raise Problem(f"{path}: subjects {space.subjects}, expected subj01, subj02 and so on: not one of our checkpoints")
     trunk = Trunk(**checkpoint["trunk_settings"])
-    found = trunk_fingerprint(trunk, checkpoint["trunk"])
-    if found != checkpoint["trunk_fingerprint"]:
+    stored, weights = checkpoint.pop("trunk"), checkpoint.pop("head")
+    found = trunk_fingerprint(trunk, stored)
+    if found != checkpoint.get("trunk_fingerprint", found):
         raise Problem(
             f"{path}: the trunk {trunk.settings['name']} built here has weights {found}, the checkpoint was "
             f"made with {checkpoint['trunk_fingerprint']} (timm {checkpoint['versions']['timm']}, torch "
             f"{checkpoint['versions']['torch']}). Use the same weights file and versions, or train anew"
         )
-    trunk.load_state_dict(checkpoint.pop("trunk"), strict=False)
-    weights = checkpoint.pop("head")
+    trunk.load_state_dict(stored, strict=False)
+    trunk.stored |= set(stored)
     n_subjects, pca_dim, latent_dim = weights["subject_weight"].shape
     head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, len(weights["embed_bias"]))
     head.load_state_dict(weights)
-    space = Space(**checkpoint.pop("space"))
+    head.bias_count = checkpoint.get("bias_count", 1)
     return Encoder(trunk, head).to(device).eval(), space, checkpoint
+
+
+def convert_published(content, space, path):
+    """A file of the authors (phase 1 or 2) -> a checkpoint dict like ours.
+
+    Their forward pass embeds the shared and the subject term separately, so embed.bias counts
+    twice in a subject's prediction and once in the group's: bias_count. Subjects are 01 to 08.
+    """
+    theirs, trunk = content["encoder"], content["trunk"] or {}
+    n_vertices, pca_dim = theirs["embed.weight"].shape
+    if space is None or space.n_vertices != n_vertices:
+        found = "no vertex space" if space is None else f"{space.n_vertices} vertices"
+        raise Problem(
+            f"{path} holds the authors' weights for {n_vertices} vertices, but the prepared data gives {found}: "
+            "point DATA_DIR to challenge data prepared with subjects whose union has as many (subj01 has all)"
+        )
+    chosen = [int(name.removeprefix("subj")) - 1 for name in space.subjects]
+    head = {
+        "shared": theirs["shared_proj.weight"],
+        "subject_weight": theirs["subj_proj.fc.weight"].unflatten(0, (-1, pca_dim))[chosen],
+        "subject_bias": theirs["subj_proj.fc.bias"].unflatten(0, (-1, pca_dim))[chosen],
+        "embed_weight": theirs["embed.weight"],
+        "embed_bias": theirs["embed.bias"],
+    }
+    for name, value in theirs.items():
+        if name.startswith("feat_projs."):
+            ours = name.replace("feat_projs", "projections").replace("proj.weight1", "spatial")
+            head[ours.replace("proj.weight2", "channel")] = value
+    return {
+        "trunk_settings": {
+            "name": "eva02_base_patch14_224.mim_in22k", "layers": "blocks.{0,2,4,6,8,10}", "image_size": 224,
+            "pretrained": not trunk, "seed": 0,
+        },
+        "trunk": {f"vit.{name}": value for name, value in trunk.items()},
+        "head": head,
+        "bias_count": 2,
+        "space": vars(space),
+        "fingerprint": fingerprint(*theirs.values(), *trunk.values()),
+        "made_with": {"published": Path(path).name},
+        "scores": {},
+        "step": content.get("epoch"),
+    }  # fmt: skip
+
+
+def check_made(path, checkpoint, mend, **expected):
+    """Refuse a checkpoint whose recorded fingerprints differ from the expected ones. The authors'
+    files record none; their vertex count is checked instead."""
+    for name, now in expected.items():
+        made = checkpoint["made_with"].get(name, now if "published" in checkpoint["made_with"] else None)
+        if made != now:
+            raise Problem(f"{path} was made with {name} {made}, found is {now}; {mend}")
 
 
 def trunk_fingerprint(trunk, trained=()):
@@ -499,12 +610,18 @@ def run_script(main, namespace):
         sys.exit(f"error: {problem}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command starts again")
-    except torch.OutOfMemoryError:
-        sys.exit("error: the GPU has too little memory; lower BATCH_SIZE (or MICRO_BATCH where there is one)")
+    except torch.OutOfMemoryError as error:
+        batch = "set MICRO_BATCH below BATCH_SIZE" if "MICRO_BATCH" in namespace else "lower BATCH_SIZE"
+        sys.exit(f"error: the GPU has too little memory; {batch} ({str(error).splitlines()[0]})")
+    except MemoryError as error:
+        sys.exit(f"error: too little host memory ({error}); README tells what each stage needs")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in disk_errors:
             raise
-        sys.exit(f"error: {error.strerror}: {error.filename or 'while writing'}; nothing finished was touched")
+        sys.exit(
+            f"error: {error.filename or 'writing'}: {error.strerror}. Free disk or choose another folder; the same "
+            "command starts again, finished files are untouched"
+        )
 
 
 def constants(namespace):
@@ -527,7 +644,8 @@ def override_constants(namespace, arguments):
     for name, value in known.items():
         spellings = {f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}
         text = f"now {show(value)}; {about.get(name, '')}".replace("%", "%%").rstrip("; ")
-        parser.add_argument(*sorted(spellings), dest=name, metavar=type(value).__name__, help=text)
+        metavar = {bool: "true|false", int: "N", float: "X", tuple: "X,X"}.get(type(value), "TEXT")
+        parser.add_argument(*sorted(spellings), dest=name, metavar=metavar, help=text)
 
     def refuse(message):
         names = " ".join("--" + name.lower() for name in known)
@@ -617,18 +735,40 @@ def write_whole(path):
         raise
 
 
+def check_disk(folder, n_bytes):
+    """Refuse before the long work what would fill the disk at its end."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise Problem(f"{folder} cannot be written to; choose another folder or change its rights")
+    free = shutil.disk_usage(folder).free
+    if free < 1.02 * n_bytes:
+        raise Problem(
+            f"{folder}: {free / 1e9:.1f} GB of disk free, expected {n_bytes / 1e9:.1f} GB; free some or choose another"
+        )
+
+
 def load_torch(path, kind, what):
     """A dict saved by torch.save, read without running code. kind: its "format" entry."""
-    path = Path(path)
-    if not path.is_file():
+    return check_format(read_torch(path, what), path, kind, what)
+
+
+def read_torch(path, what):
+    if not Path(path).is_file():
         raise Problem(f"{path} not found, expected {what}")
+    scalar = np._core.multiarray.scalar  # the authors' files hold a numpy float64
+    harmless = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Float64DType]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(harmless):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise Problem(f"{path} cannot be read ({str(error).splitlines()[0]:.200}), expected {what}")
-    found = content.get("format") if isinstance(content, dict) else type(content).__name__
-    if found != kind:
-        raise Problem(f"{path} has format {found}, expected {kind}: {what}")
+        raise Problem(f"{path} cannot be read ({' '.join(str(error).split())[:200]}), expected {what}")
+    return content if isinstance(content, dict) else {"format": type(content).__name__}
+
+
+def check_format(content, path, kind, what):
+    if content.get("format") != kind:
+        raise Problem(f"{path} has format {content.get('format')}, expected {kind}: {what}")
     return content
 
 

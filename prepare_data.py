@@ -15,7 +15,6 @@ import io
 import os
 import pickle
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import (
-    Problem, Space, constants, fingerprint, load_torch, picture_size, run_script, versions, write_whole,
+    Problem, Space, check_disk, constants, fingerprint, load_torch, picture_size, run_script, versions, write_whole,
 )  # fmt: skip
 
 CHALLENGE_DIR = "challenge"  # the organisers' folder with subj01 … subj08, any subset of them
@@ -75,7 +74,10 @@ class Findings(list):
 
 
 def read_folder(folder, names):
-    """Check the folder's files (headers and names, not yet the numbers in them) -> [Subject]."""
+    """Check the whole folder but the pictures' pixels, tell everything that is wrong at once.
+
+    names: of subjects, empty for all. -> ([Subject], dtype in which the activity can be stored)
+    """
     found = sorted(p.name for p in Path(folder).glob("subj[0-9][0-9]") if p.is_dir())
     wanted = [n for n in re.split(r"[,\s]+", names) if n] or found
     if not wanted or set(wanted) - set(found):
@@ -86,8 +88,9 @@ def read_folder(folder, names):
         )
     findings = Findings()
     subjects = [read_subject(Path(folder) / name, findings) for name in sorted(set(wanted))]
+    dtype = scan_activity(subjects, findings)
     findings.refuse(f"problems in {folder}")
-    return subjects
+    return subjects, dtype
 
 
 def read_subject(folder, findings):
@@ -102,9 +105,9 @@ def read_subject(folder, findings):
             subject.vertices[hemi] = read_mask(path)
         with findings.collect():
             path = train / "training_fmri" / f"{hemi}_training_fmri.npy"
-            subject.activity[hemi] = path
             n_vertices = len(subject.vertices[hemi]) if hemi in subject.vertices else None
             check_activity(path, len(subject.pictures) or None, n_vertices)
+            subject.activity[hemi] = path
     if (folder / "test_split" / "test_images").is_dir():
         with findings.collect():
             test = read_pictures(folder / "test_split" / "test_images", "test", findings)
@@ -257,13 +260,13 @@ def read_mapping(path):
     return {int(label): str(name) for label, name in mapping.items()}
 
 
-def scan_activity(subjects):
-    """Read all activity once: refuse NaN and infinity, choose how it can be stored.
+def scan_activity(subjects, findings):
+    """Read all activity once: find NaN and infinity, choose how it can be stored.
 
     -> np.float16 where rounding to it changes no vertex's R² by more than about 1e-5 (z-scored
     activity: 4e-8 of the variance), else np.float32.
     """
-    findings, worst = Findings(), 0.0
+    worst = 0.0
     total = sum(len(s.pictures) for s in subjects) * len(hemis)
     with tqdm(total=total, desc="checking activity", unit="row", unit_scale=True) as bar:
         for subject in subjects:
@@ -284,7 +287,6 @@ def scan_activity(subjects):
                 variance = sums[1] - sums[0] ** 2 / len(activity)
                 varies = variance > 1e-9 * sums[1]
                 worst = max(worst, np.max(sums[2][varies] / variance[varies], initial=0))
-    findings.refuse("problems in the activity")
     return np.float16 if worst < 1e-6 else np.float32
 
 
@@ -468,7 +470,7 @@ def inputs_fingerprint(subjects, seed):
 
 def main():
     data_dir = Path(DATA_DIR)
-    subjects = read_folder(CHALLENGE_DIR, SUBJECTS)
+    subjects, dtype = read_folder(CHALLENGE_DIR, SUBJECTS)
     inputs = inputs_fingerprint(subjects, SEED)
     if (data_dir / "prepared.pt").exists() and not OVERWRITE:
         done = load_torch(data_dir / "prepared.pt", "prepared-1", "what prepare_data.py writes")
@@ -508,12 +510,7 @@ def main():
     report(subjects, space, samples, seen)
     check_splits(subjects, samples)
 
-    dtype = scan_activity(subjects)
-    data_dir.mkdir(parents=True, exist_ok=True)
-    needed = len(image_ids) * picture_size**2 * 3 + n_rows * space.n_vertices * np.dtype(dtype).itemsize
-    free = shutil.disk_usage(data_dir).free
-    if free < 1.02 * needed:
-        raise Problem(f"{data_dir}: {free / 1e9:.1f} GB of disk free, expected {needed / 1e9:.1f} GB; free some or move DATA_DIR")
+    check_disk(data_dir, len(image_ids) * picture_size**2 * 3 + n_rows * space.n_vertices * np.dtype(dtype).itemsize)
     with write_whole(data_dir / "images.npy") as image_file, write_whole(data_dir / "activity.npy") as activity_file:
         write_activity(activity_file, subjects, space, dtype)
         write_images(image_file, paths_of_pictures, WORKERS)

@@ -26,9 +26,9 @@ from tqdm import tqdm
 import fit_pca
 import prepare_data
 from model import (
-    Crops, Encoder, Head, Problem, Trunk, autocast, choose_device, choose_precision, constants, fingerprint,
+    Crops, Encoder, Head, Problem, Trunk, autocast, check_disk, choose_device, choose_precision, constants,
     load_torch, median_r2, predict_latents, r2_score, random_boxes, run_script, save_checkpoint, smallest_crop,
-    write_whole,
+    trunk_fingerprint, versions, write_whole,
 )  # fmt: skip
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data and PCA
@@ -59,7 +59,7 @@ DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE = False  # start anew although RUN_DIR holds this stage's results
 
 # what may differ between a run and its continuation
-unimportant = ("DATA_DIR", "RUN_DIR", "DEVICE", "OVERWRITE")
+unimportant = ("DATA_DIR", "RUN_DIR", "CHECKPOINT", "DEVICE", "OVERWRITE")
 
 
 # ---- batches ------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class Validation:
     def __call__(self, encoder, crops, precision, name):
         """-> {name_loss, name_r2, name_loss_subj01, name_r2_subj01, …}: mean squared error over all
         vertices of the common space, as in training, and median R² over the existing ones."""
-        latents = predict_latents(encoder, crops, self.batches(), precision)
+        latents = predict_latents(encoder, crops, self.batches(), precision) if any(map(len, self.rows)) else []
         losses, scores, start = [], [], 0
         for s, activity in enumerate(self.activity):
             z = latents[start : start + len(activity)]
@@ -199,9 +199,9 @@ class Validation:
                 activity = activity.to(z.device)
                 losses.append(F.mse_loss(prediction, activity.float()).item())
                 scores.append(r2_score(activity, prediction)[self.data.space.mask[s]])
-        counts = np.array([len(a) for a in self.activity])
-        subjects = self.data.space.subjects
-        result = {f"{name}_loss": float(np.nansum(np.array(losses) * counts) / counts.sum())}
+        subjects, counts = self.data.space.subjects, [len(a) for a in self.activity]
+        total = sum(loss * n for loss, n in zip(losses, counts) if n)
+        result = {f"{name}_loss": total / sum(counts) if sum(counts) else float("nan")}
         result |= median_r2(scores, subjects, f"{name}_r2")
         return result | {f"{name}_loss_{subject}": loss for subject, loss in zip(subjects, losses)}
 
@@ -216,11 +216,11 @@ def train(stage, output, encoder, data, pca, settings, made_from):
     stage's constants; made_from: fingerprints of data, PCA and starting checkpoint.
     """
     s = SimpleNamespace(**settings)
-    check_settings(s)
     device, run_dir = choose_device(s.DEVICE), Path(s.RUN_DIR)
     precision = choose_precision(s.PRECISION, device)
     state_path, log_path = run_dir / f"{stage}.state.pt", run_dir / f"{stage}.jsonl"
     important = {k: v for k, v in settings.items() if k not in unimportant}
+    made_from["trunk_fingerprint"] = trunk_fingerprint(encoder.trunk)
     inputs = {**important, **made_from}
 
     state = None if s.OVERWRITE else load_state(state_path, run_dir / output, inputs)
@@ -234,7 +234,8 @@ def train(stage, output, encoder, data, pca, settings, made_from):
         head.embed_bias.requires_grad_(True)
     trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     # the loss is the same in PCA space as long as the embedding is the PCA's
-    vertex_space = s.TRAIN_EMBEDDING or not torch.equal(head.embed_weight.cpu(), pca.components)
+    is_pca = torch.equal(head.embed_weight.cpu(), pca.components) and torch.equal(head.embed_bias.cpu(), pca.mean)
+    vertex_space = s.TRAIN_EMBEDDING or not is_pca or head.bias_count != 1
     optimizer = torch.optim.AdamW(
         trainable.values(), lr=s.LEARNING_RATE, betas=s.BETAS, weight_decay=s.WEIGHT_DECAY, fused=True
     )
@@ -274,6 +275,8 @@ def train(stage, output, encoder, data, pca, settings, made_from):
         scores = validation(encoder, whole, precision, "val")
         train_loss = float(loss_sum) / n_losses if n_losses else None
         log.append({"step": step, "train_loss": train_loss, **scores})
+        if step == 0:
+            log[0] |= {"made_with": inputs, "versions": versions()}
         loss_sum, n_losses = 0.0, 0
         if not math.isfinite(scores["val_loss"]):
             raise not_finite(step, run_dir / output)
@@ -287,6 +290,9 @@ def train(stage, output, encoder, data, pca, settings, made_from):
         tqdm.write(f"step {step}: val loss {scores['val_loss']:.5f}, val median R² {scores['val_r2']:.4f}", file=sys.stdout)
 
     if not state:
+        # head or encoder twice (best and last) with Adam's two moments, and as much again for the new beside the old
+        total = sum(p.numel() for p in head.parameters())
+        check_disk(run_dir, 2 * 4 * (2 * total + 3 * n_trainable))
         validate(0)
     stop = StopRequest()
     bar = tqdm(total=s.STEPS, initial=first, desc=stage, unit="step")
@@ -385,15 +391,21 @@ def not_finite(step, output):
     )
 
 
-def check_settings(s):
-    for name in ("BATCH_SIZE", "STEPS"):
-        if getattr(s, name) < 1:
-            raise Problem(f"{name} is {getattr(s, name)}, expected 1 or more")
-    for name in ("MICRO_BATCH", "VALIDATE_EVERY", "WARMUP_STEPS", "SEED"):
-        if getattr(s, name) < 0:
-            raise Problem(f"{name} is {getattr(s, name)}, expected 0 or more")
+def check_settings(settings):
+    """Refuse what cannot work, before anything is read. settings: the stage's constants."""
+    s = SimpleNamespace(**settings)
+    choose_precision(s.PRECISION, choose_device(s.DEVICE))
+    smallest_crop(s.CROP_SCALE)
+    limits = {"BATCH_SIZE": 2, "STEPS": 1, "MICRO_BATCH": 0, "VALIDATE_EVERY": 0, "WARMUP_STEPS": 0, "SEED": 0}
+    for name, least in limits.items():
+        if getattr(s, name) < least:
+            raise Problem(f"{name} is {getattr(s, name)}, expected {least} or more")
+    if s.MICRO_BATCH and (s.MICRO_BATCH == 1 or s.BATCH_SIZE % s.MICRO_BATCH):
+        raise Problem(f"MICRO_BATCH is {s.MICRO_BATCH}, expected 0 or a divisor of BATCH_SIZE {s.BATCH_SIZE} above 1")
     if not 0 <= s.FEATURE_DROPOUT < 1:
         raise Problem(f"FEATURE_DROPOUT is {s.FEATURE_DROPOUT}, expected 0 up to below 1")
+    if len(s.BETAS) != 2:
+        raise Problem(f"BETAS is {s.BETAS}, expected two numbers, such as 0.9,0.99")
 
 
 def write_log(path, log):
@@ -422,6 +434,7 @@ def plot_curves(log, path, title):
 
 
 def main():
+    check_settings(constants(globals()))
     data = prepare_data.load(DATA_DIR)
     pca = fit_pca.load(DATA_DIR, data)
     trunk = Trunk(TRUNK, LAYERS, image_size=IMAGE_SIZE, pretrained=PRETRAINED, seed=SEED)

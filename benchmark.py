@@ -1,0 +1,407 @@
+"""Where the time goes, as one table: python benchmark.py (CPU or GPU; --help lists the settings).
+
+Ratios are measured side by side in one run, every repeat in turn, medians quoted. Pictures and
+activity are random at full resolution: no data is needed. Parts:
+
+    step      a phase-1 step against the trunk's own forward pass, and against the arrangement of the
+              authors' code (whole trunk, crops in loader workers, loss in vertex space)
+    memory    peak GPU memory of both phases' steps with the process capped (GPU only)
+    pca       group PCA against scikit-learn's randomised PCA, each in a process of its own
+    prepare   decoding and resizing on one core and on all
+    scaling   cost at 1/8, 1/4, 1/2 and full size, as far as MAX_SIZE lets it
+"""
+
+import io
+import multiprocessing
+import os
+import platform
+import resource
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import v2
+
+import finetune
+import fit_pca
+import prepare_data
+import train_head
+from model import (
+    Crops, Encoder, Head, Problem, Trunk, autocast, choose_device, choose_precision, constants, picture_size,
+    run_script, smallest_crop, versions,
+)  # fmt: skip
+
+PARTS = "step,memory,pca,prepare,scaling"  # which to run
+DEVICE = "auto"  # auto, cpu, cuda or cuda:N
+PRECISION = "auto"  # auto, bfloat16, float16 or float32
+TRUNK = train_head.TRUNK  # timm name; weights are random, which costs the same
+LAYERS = train_head.LAYERS  # module names or patterns
+BATCH_SIZE = 0  # samples; 0: 512 on a GPU, 32 on a CPU
+REPEATS = 5  # of every timing; medians are quoted
+FLOAT16_STEPS = 200  # steps with loss scaling that must stay finite (part memory)
+GPU_LIMIT = 30.0  # GiB, cap of the process's GPU memory (part memory)
+PCA_SIZE = 0.125  # of the full 63,800 samples, for the comparison with scikit-learn
+MAX_SIZE = 0.25  # of the full size, the largest in part scaling
+N_PICTURES = 512  # PNG files of part prepare
+TEMPORARY = ""  # folder for simulated activity (5 GB at full size); empty: the system's
+
+full = SimpleNamespace(samples=63_800, vertices=39_548, images=68_000, subjects=8, pca_dim=2048, latent_dim=1024)
+
+
+def row(what, value, note=""):
+    print(f"{what:58} {value:>14}  {note}", flush=True)
+
+
+def clock(device, work):
+    """Seconds that work() takes, the GPU's share included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def side_by_side(device, works, repeats=None):
+    """{name: median seconds} of several pieces of work, run in turn; the first round is not counted."""
+    times = {name: [] for name in works}
+    for i in range((repeats or REPEATS) + 1):
+        for name, work in works.items():
+            seconds = clock(device, work)
+            if i:
+                times[name].append(seconds)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+# ---- simulated inputs ---------------------------------------------------------------------------
+
+
+class RandomData:
+    """Stands for prepare_data.Prepared, with random pictures and activity."""
+
+    def __init__(self, n_samples, n_images, n_vertices=full.vertices, path=None):
+        rng = np.random.default_rng(0)
+        self.space = SimpleNamespace(n_vertices=n_vertices, subjects=[f"subj{i:02}" for i in range(1, 9)])
+        self.subject = rng.integers(0, full.subjects, n_samples)
+        self.image = rng.integers(0, n_images, n_samples)
+        self.activity = np.load(path, mmap_mode="r") if path else np.empty((0, n_vertices), np.float16)
+        self.row = rng.standard_normal((1024, n_vertices), dtype=np.float32).astype(np.float16)
+
+    def samples(self, split):
+        return np.arange(len(self.subject))
+
+    def read_activity(self, rows):
+        if len(self.activity):
+            return prepare_data.Prepared.read_activity(self, rows)
+        return self.row[rows % len(self.row)]
+
+
+def random_images(n):
+    images = np.empty((n, picture_size, picture_size, 3), np.uint8)
+    rng = np.random.default_rng(0)
+    for start in range(0, n, 512):  # drawn in blocks: no second copy of all
+        part = images[start : start + 512]
+        part[:] = rng.integers(0, 256, part.shape, np.uint8)
+    return images
+
+
+def write_activity(path, n_samples, n_vertices):
+    """Low rank plus noise: 300 components of falling size carry 40 % of the variance, as fMRI does."""
+    rng = np.random.default_rng(0)
+    maps = rng.standard_normal((300, n_vertices), dtype=np.float32) * np.arange(1, 301, dtype=np.float32)[:, None] ** -0.7
+    maps *= np.sqrt(0.4 / np.square(maps).sum(0))
+    with open(path, "wb") as file:
+        prepare_data.write_npy_header(file, (n_samples, n_vertices), np.float16)
+        for start in range(0, n_samples, 1024):
+            n = min(1024, n_samples - start)
+            y = rng.standard_normal((n, 300), dtype=np.float32) @ maps
+            y += np.float32(0.6**0.5) * rng.standard_normal((n, n_vertices), dtype=np.float32)
+            file.write(y.astype(np.float16).data)
+
+
+# ---- part step ----------------------------------------------------------------------------------
+
+
+class Phase:
+    """One phase's step, built from the real parts."""
+
+    def __init__(self, stage, batch_size, device, precision, n_images):
+        self.settings = SimpleNamespace(**constants(vars(stage)) | {"BATCH_SIZE": batch_size})
+        self.device, self.precision = device, precision
+        trunk = Trunk(TRUNK, LAYERS, pretrained=False)
+        if stage is finetune:
+            for name in trunk.attention_parameters():
+                trunk.get_parameter(name).requires_grad_(True)
+        head = Head(trunk.feature_shapes, full.latent_dim, full.pca_dim, full.subjects, full.vertices, 0.9)
+        self.encoder = Encoder(trunk, head).to(device).train()
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.encoder.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.8, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        self.data = RandomData(8 * batch_size, n_images)
+        n = len(self.data.subject)
+        pca = SimpleNamespace(latents=torch.randn(n, full.pca_dim).half(), residual=torch.rand(n))
+        self.images = random_images(n_images)
+        self.batches = train_head.Batches(self.data, pca, self.images, self.settings, device, vertex_space=False)
+        self.crops = Crops(trunk, smallest_crop(0.8), device=device)
+
+    def optimise(self):
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def step(self, batch):
+        loss = train_head.backward(self.encoder, self.crops, batch, self.precision, self.scaler, 0)
+        self.optimise()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def run(self, first, n):
+        """n whole steps, the data coming in as in training."""
+        for _, batch in self.batches(first, first + n):
+            self.step(batch)
+
+
+def part_step(device, precision, batch_size):
+    phase = Phase(train_head, batch_size, device, precision, n_images=4 * batch_size)
+    batch = next(iter(phase.batches(0, 1)))[1]
+    trunk, head = phase.encoder.trunk, phase.encoder.head
+    pictures = phase.crops(batch["images"], batch["top"], batch["left"], batch["size"])
+    features = None
+
+    def trunk_forward():
+        nonlocal features
+        with torch.no_grad(), autocast(device, precision):
+            features = trunk(pictures)
+
+    def head_both_ways():
+        with autocast(device, precision):
+            z = head(features, batch["subject"])
+        train_head.loss_of(head, z, batch).backward()
+
+    n = 3  # steps in a row, so that the next batch's preparation overlaps
+    authors = AuthorsArrangement(phase)
+    seconds = side_by_side(device, {
+        "trunk": trunk_forward,
+        "crop": lambda: phase.crops(batch["images"], batch["top"], batch["left"], batch["size"]),
+        "head": head_both_ways,
+        "optimiser": phase.optimise,
+        "alone": lambda: phase.batches.prepare(1),
+        "resident": lambda: [phase.step(batch) for _ in range(n)],
+        "whole": lambda: phase.run(2, n),
+        "authors": lambda: authors.run(n),
+    })  # fmt: skip
+    unit = seconds["trunk"]
+    whole, resident = seconds["whole"] / n, seconds["resident"] / n
+    rate = f"{batch_size / unit:.0f} images/s"
+    row(f"trunk forward to its last used block, batch {batch_size}", f"{unit * 1e3:.0f} ms", f"= 1, {rate}")
+    limit = 1.20 if device.type == "cuda" else 1.35
+    row("whole phase-1 step", f"{whole / unit:.3f}", f"of the trunk's forward; wanted {limit} at most")
+    row("  data: step from RAM less step with the batch on the device", f"{(whole - resident) / unit:.3f}", "wanted 0.03 at most on a GPU")
+    row("  (preparing a batch alone, hidden behind the step before)", f"{seconds['alone'] / unit:.3f}")
+    for name in ("crop", "head", "optimiser"):
+        row(f"  {name}", f"{seconds[name] / unit:.3f}")
+    row("the authors' arrangement, whole step", f"{seconds['authors'] / n / unit:.3f}", f"{seconds['authors'] / n / whole:.2f} of ours")
+
+
+class AuthorsArrangement(torch.utils.data.Dataset):
+    """Baseline: all trunk blocks, PIL crops in loader workers, decoding to all vertices, loss there."""
+
+    def __init__(self, phase):
+        self.phase = phase
+        self.vit = Trunk(TRUNK, "blocks.*", pretrained=False).to(phase.device)
+        self.crop = v2.Compose([
+            v2.RandomResizedCrop(224, (0.8, 1.0), (1.0, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.vit.mean, self.vit.std),
+        ])  # fmt: skip
+        self.loader = torch.utils.data.DataLoader(
+            self, phase.settings.BATCH_SIZE, num_workers=os.cpu_count(), pin_memory=phase.device.type == "cuda"
+        )
+        self.used = [self.vit.layers.index(layer) for layer in phase.encoder.trunk.layers]
+
+    def __len__(self):
+        return 1 << 30
+
+    def __getitem__(self, i):
+        data, row = self.phase.data, np.array([i % len(self.phase.data.subject)])
+        image = self.crop(Image.fromarray(self.phase.images[data.image[row[0]]]))
+        return image, int(data.subject[row[0]]), data.read_activity(row)[0].astype(np.float32)
+
+    def run(self, n):
+        phase, head = self.phase, self.phase.encoder.head
+        for _, (images, subject, activity) in zip(range(n), self.loader):
+            images, subject, activity = (v.to(phase.device, non_blocking=True) for v in (images, subject, activity))
+            with autocast(phase.device, phase.precision):
+                with torch.no_grad():
+                    features = self.vit(images)
+                h = []
+                for i, projection in zip(self.used, head.projections):
+                    y = F.linear(F.dropout(features[i], 0.9), projection.channel)
+                    h.append(projection.norm(torch.einsum("ntd,dt->nd", y, projection.spatial.to(y.dtype))))
+                h = torch.stack(h).mean(0)
+                every = F.linear(h, head.subject_weight.flatten(0, 1), head.subject_bias.flatten())
+                every = every.view(len(h), full.subjects, full.pca_dim)
+                z = F.linear(h, head.shared) + every[torch.arange(len(h), device=h.device), subject]
+                loss = F.mse_loss(head.decode(z).float(), activity)
+            phase.scaler.scale(loss).backward()
+            phase.optimise()
+            phase.optimizer.zero_grad(set_to_none=True)
+
+
+# ---- part memory --------------------------------------------------------------------------------
+
+
+def part_memory(device, precision):
+    if device.type != "cuda":
+        return row("peak GPU memory of both phases, float16 steps", "not measured", "needs a GPU")
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30
+    torch.cuda.set_per_process_memory_fraction(min(1.0, GPU_LIMIT / total), device)
+    for name, stage in (("phase 1", train_head), ("phase 2", finetune)):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        phase = Phase(stage, stage.BATCH_SIZE, device, precision, n_images=2048)
+        seconds = clock(device, lambda: phase.run(0, 5)) / 5
+        peak = torch.cuda.max_memory_reserved(device) / 2**30
+        note = f"capped at {GPU_LIMIT:.0f}; {seconds * 1e3:.0f} ms a step, {stage.STEPS * seconds / 60:.0f} min for {stage.STEPS}"
+        row(f"{name}, batch {stage.BATCH_SIZE}: peak GPU memory", f"{peak:.1f} GiB", note)
+        del phase
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    phase = Phase(train_head, 64, device, torch.float16, n_images=256)
+    losses = [phase.step(batch).item() for _, batch in phase.batches(0, FLOAT16_STEPS)]
+    row(f"float16 with loss scaling, {FLOAT16_STEPS} steps", f"{np.isfinite(losses).sum()} finite", f"scale {phase.scaler.get_scale():.0f}")
+
+
+# ---- part pca -----------------------------------------------------------------------------------
+
+
+def in_process(function, *arguments):
+    """Run it in a new process -> (its result, its peak resident memory in GB)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(with_peak, (function, *arguments))
+
+
+def with_peak(function, *arguments):
+    result = function(*arguments)
+    return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def pca_ours(path, n_samples, pca_dim, device):
+    """-> (seconds, explained part of the variance)."""
+    data = RandomData(n_samples, 1, path=path)
+    activity = fit_pca.Activity(data, np.arange(n_samples), device)
+    start = time.perf_counter()
+    components, total = fit_pca.fit(activity, pca_dim, fit_pca.PASSES, 0)
+    seconds = time.perf_counter() - start
+    latents, _ = fit_pca.project(activity, components)
+    return seconds, float(latents.double().var(0).sum() / total)
+
+
+def pca_sklearn(path, n_samples, pca_dim):
+    from sklearn.decomposition import PCA
+
+    start = time.perf_counter()
+    pca = PCA(pca_dim, svd_solver="randomized", random_state=0).fit(np.load(path)[:n_samples].astype(np.float32))
+    return time.perf_counter() - start, float(pca.explained_variance_ratio_.sum())
+
+
+def part_pca(device, folder):
+    n = int(full.samples * PCA_SIZE)
+    path = Path(folder) / "activity.npy"
+    write_activity(path, n, full.vertices)
+    pca_dim = min(full.pca_dim, n // 2)
+    (ours, explained), memory = in_process(pca_ours, path, n, pca_dim, device)
+    (theirs, expected), their_memory = in_process(pca_sklearn, path, n, pca_dim)
+    size = f"{n} x {full.vertices}, {pca_dim} components"
+    row(f"group PCA, {size}", f"{ours:.0f} s", f"{memory:.1f} GB host memory")
+    row("  of scikit-learn's randomised PCA: time", f"{ours / theirs:.2f}", f"{theirs:.0f} s; wanted 1 at most")
+    row("  memory", f"{memory / their_memory:.2f}", f"{their_memory:.1f} GB; wanted 0.5 at most")
+    row("  explained variance", f"{explained / expected:.4f}", f"{explained:.4f}, {expected:.4f}; wanted 0.999 at least")
+
+
+# ---- part prepare -------------------------------------------------------------------------------
+
+
+def write_pictures(folder, n):
+    """n challenge-like files: 425 px RGB PNGs of photographs."""
+    from sklearn.datasets import load_sample_images
+
+    photographs, rng = load_sample_images().images, np.random.default_rng(0)
+    for i in range(n):
+        photograph = photographs[i % 2]
+        top, left = rng.integers(0, np.array(photograph.shape[:2]) - 424)
+        Image.fromarray(photograph[top : top + 425, left : left + 425]).save(folder / f"{i}.png")
+    return [[folder / f"{i}.png"] for i in range(n)]
+
+
+def part_prepare(folder):
+    paths = write_pictures(Path(folder), N_PICTURES)
+    cores = os.cpu_count()
+    works = {k: lambda k=k: prepare_data.write_images(io.BytesIO(), paths, k) for k in (1, cores)}
+    seconds = side_by_side(torch.device("cpu"), works)
+    row("decode and resize on one core", f"{N_PICTURES / seconds[1]:.0f} pictures/s")
+    row(f"  on {cores} cores", f"{seconds[1] / seconds[cores]:.2f}", "times that rate; wanted 1.8 at least on two")
+    return paths
+
+
+# ---- part scaling -------------------------------------------------------------------------------
+
+
+def growth(sizes, seconds):
+    """Exponent of time against size."""
+    return f"time ~ size^{np.polyfit(np.log(sizes), np.log(seconds), 1)[0]:.2f}" if len(sizes) > 1 else "one size only"
+
+
+def part_scaling(device, batch_size, folder):
+    sizes = [size for size in (0.125, 0.25, 0.5, 1.0) if size <= MAX_SIZE]
+    pictures = write_pictures(Path(folder), N_PICTURES)
+    path = Path(folder) / "activity.npy"
+    write_activity(path, int(full.samples * sizes[-1]), full.vertices)
+    images = random_images(int(full.images * sizes[-1]))
+    settings = SimpleNamespace(**constants(vars(train_head)) | {"BATCH_SIZE": batch_size})
+    costs = {"batch from RAM": [], "PCA": [], "prepare": []}
+    for size in sizes:
+        n = int(full.samples * size)
+        data = RandomData(n, int(full.images * size))
+        pca = SimpleNamespace(latents=torch.zeros(n, full.pca_dim, dtype=torch.float16), residual=torch.zeros(n))
+        batches = train_head.Batches(data, pca, images, settings, device, vertex_space=False)
+        steps = iter(range(10**6))
+        costs["batch from RAM"].append(side_by_side(device, {"": lambda: batches.prepare(next(steps))}, 20)[""])
+        costs["PCA"].append(in_process(pca_ours, path, n, full.pca_dim, device)[0][0])
+        part = pictures[: int(N_PICTURES * size)]
+        costs["prepare"].append(side_by_side(torch.device("cpu"), {"": lambda: prepare_data.write_images(io.BytesIO(), part, 0)})[""])
+    for name, seconds in costs.items():
+        unit = f"of {N_PICTURES} pictures" if name == "prepare" else "of the full size"
+        for size, s in zip(sizes, seconds):
+            row(f"{name}, {size:g} {unit}", f"{s * 1e3:.1f} ms" if s < 1 else f"{s:.0f} s")
+        row(f"  {name} grows as", growth(sizes, seconds))
+
+
+def main():
+    device = choose_device(DEVICE)
+    precision = choose_precision(PRECISION, device)
+    parts = {name.strip() for name in PARTS.split(",")}
+    known = {"step", "memory", "pca", "prepare", "scaling"}
+    if not parts <= known:
+        raise Problem(f"PARTS is {PARTS!r}, expected some of {', '.join(sorted(known))}")
+    batch_size = BATCH_SIZE or (512 if device.type == "cuda" else 32)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"{hardware}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {str(precision)[6:]}, {versions()}")
+    print(f"trunk {TRUNK}, layers {LAYERS}")
+    if "step" in parts:
+        part_step(device, precision, batch_size)
+    if "memory" in parts:
+        part_memory(device, precision)
+    for name, part in (("pca", lambda f: part_pca(device, f)), ("prepare", part_prepare),
+                       ("scaling", lambda f: part_scaling(device, batch_size, f))):  # fmt: skip
+        if name in parts:
+            with tempfile.TemporaryDirectory(dir=TEMPORARY or None) as folder:
+                part(folder)
+
+
+if __name__ == "__main__":
+    run_script(main, globals())
