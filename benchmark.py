@@ -31,10 +31,8 @@ import finetune
 import fit_pca
 import prepare_data
 import train_head
-from model import (
-    Crops, Encoder, Head, Problem, Trunk, autocast, choose_device, choose_precision, constants, picture_size,
-    run_script, smallest_crop, versions,
-)  # fmt: skip
+from common import Problem, choose_device, choose_precision, constants, run_script, versions
+from model import Crops, Encoder, Head, Trunk, autocast, picture_size, smallest_crop
 
 PARTS = "step,memory,pca,prepare,scaling"  # which to run
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N

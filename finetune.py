@@ -11,7 +11,8 @@ from pathlib import Path
 import fit_pca
 import prepare_data
 import train_head
-from model import check_made, constants, load_checkpoint, run_script
+from common import constants, run_script
+from model import check_made, load_checkpoint
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data and PCA
 RUN_DIR = train_head.RUN_DIR  # holds head.pt; finetuned.pt, log and curves are written there

@@ -20,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 import prepare_data
-from model import (
-    Problem, check_disk, choose_device, constants, fingerprint, load_torch, median_r2, r2_score, run_script, versions, write_whole,
+from common import (
+    Problem, check_disk, choose_device, constants, fingerprint, load_torch, run_script, versions, write_whole,
 )  # fmt: skip
+from model import median_r2, r2_score
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data; pca.pt is written there too
 PCA_DIM = 2048  # components (report, Table 1)

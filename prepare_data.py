@@ -23,9 +23,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from model import (
-    Problem, Space, check_disk, constants, fingerprint, load_torch, picture_size, run_script, versions, write_whole,
-)  # fmt: skip
+from common import Problem, check_disk, constants, fingerprint, load_torch, run_script, versions, write_whole
+from model import Space, picture_size
 
 CHALLENGE_DIR = "challenge"  # the organisers' folder with subj01 … subj08, any subset of them
 DATA_DIR = "data"  # written here, read by all later stages

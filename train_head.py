@@ -25,10 +25,12 @@ from tqdm import tqdm
 
 import fit_pca
 import prepare_data
+from common import (
+    Problem, check_disk, choose_device, choose_precision, constants, load_torch, run_script, versions, write_whole,
+)  # fmt: skip
 from model import (
-    Crops, Encoder, Head, Problem, Trunk, autocast, check_disk, choose_device, choose_precision, constants,
-    load_torch, median_r2, predict_latents, r2_score, random_boxes, run_script, save_checkpoint, smallest_crop,
-    trunk_fingerprint, versions, write_whole,
+    Crops, Encoder, Head, Trunk, autocast, median_r2, predict_latents, r2_score, random_boxes, save_checkpoint,
+    smallest_crop, trunk_fingerprint,
 )  # fmt: skip
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data and PCA
@@ -322,7 +324,8 @@ def train(stage, output, encoder, data, pca, settings, made_from):
             elif stop.signal:
                 save(step)
             if stop.signal and step < s.STEPS:
-                raise SystemExit(stop.message(step))
+                tqdm.write(stop.message(step), file=sys.stderr)
+                raise SystemExit(128 + stop.signal)
     chosen = max(log, key=lambda entry: entry["val_r2"])
     print(f"best at step {chosen['step']}: val median R² {chosen['val_r2']:.4f}")
     print(f"wrote {run_dir / output}, {log_path}, {run_dir / stage}.png")
