@@ -39,7 +39,7 @@ LATENT_DIM = 256  # units of the feature projection
 PCA_DIM = 64  # components of the group PCA
 BATCH_SIZE = 64  # samples
 STEPS = 80  # of phase 1
-FINETUNE_STEPS = 20  # of phase 2
+FINETUNE_STEPS = 40  # of phase 2, with half the batch: gradients of the trunk need memory
 
 n_fsaverage = 163842  # vertices of an fsaverage hemisphere; its first 10,242 are fsaverage5
 n_training = {1: 9841, 2: 9841, 3: 9082, 4: 8779, 5: 9841, 6: 9082, 7: 9841, 8: 8779}  # challenge
@@ -84,20 +84,27 @@ def main():
     simulate(challenge, n_train=N_TRAIN, n_test=N_TEST, seed=SEED)
 
     # little data and an untrained trunk: less regularisation and larger steps than in the report
-    training = dict(batch_size=BATCH_SIZE, weight_decay=0.1, feature_dropout=0.2)
+    training = dict(weight_decay=0.1, feature_dropout=0.2)
     head = dict(trunk=TRUNK, pretrained="false", layers=LAYERS, latent_dim=LATENT_DIM)
-    rates = dict(warmup_steps=STEPS // 10, learning_rate=5e-3, min_learning_rate=1e-4)
+    rates = dict(
+        batch_size=BATCH_SIZE, steps=STEPS, warmup_steps=STEPS // 10, learning_rate=5e-3, min_learning_rate=1e-4
+    )
     stage("prepare_data.py", challenge_dir=challenge, data_dir=data)
     stage("fit_pca.py", data_dir=data, pca_dim=PCA_DIM)
-    stage("train_head.py", data_dir=data, run_dir=run, **head, steps=STEPS, **rates, **training)
+    stage("train_head.py", data_dir=data, run_dir=run, **head, **rates, **training)
     phase1 = dict(checkpoint=f"{run}/head.pt", submission_dir=f"{demo}/submission_head")
     stage("predict.py", data_dir=data, run_dir=run, **phase1)
-    rates = dict(warmup_steps=FINETUNE_STEPS // 10, learning_rate=1e-3)
-    stage("finetune.py", data_dir=data, run_dir=run, steps=FINETUNE_STEPS, **rates, **training)
+    rates = dict(
+        batch_size=BATCH_SIZE // 2, steps=FINETUNE_STEPS, warmup_steps=FINETUNE_STEPS // 10, learning_rate=5e-4
+    )
+    stage("finetune.py", data_dir=data, run_dir=run, **rates, **training)
     stage("predict.py", data_dir=data, run_dir=run, submission_dir=f"{demo}/submission")
+    stage("evaluate.py", data_dir=data, run_dir=run, challenge_dir=challenge)
 
     print_scores(Path(challenge), Path(run))
     print(f"\nCheckpoints, logs and loss curves are in {run}, the submission is {demo}/submission/submission.zip.")
+    figures = sorted(path.name for path in Path(run).glob("evaluation_finetuned_val/*.png"))
+    print(f"The report's figures, for these data, are in {run}/evaluation_finetuned_val: {', '.join(figures)}.")
     print(f"Next: python predict.py --run_dir {run} --images A_PICTURE_OF_YOURS, or the real data (README.md).")
 
 
@@ -341,8 +348,8 @@ def choose_pictures(seed, n_train, n_test):
 
     everyone = draw(round(shared * n_train)), draw(round(shared * n_test))
     chosen = {}
-    for subject in n_training:
-        n_own_train = round(n_train * n_training[subject] / n_training[1]) - len(everyone[0])
+    for subject, n in n_training.items():
+        n_own_train = round(n_train * n / n_training[1]) - len(everyone[0])
         n_own_test = round(n_test * n_held_out[subject] / n_held_out[1]) - len(everyone[1])
         chosen[subject] = sorted(everyone[0] + draw(n_own_train)), sorted(everyone[1] + draw(n_own_test))
     return chosen
