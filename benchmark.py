@@ -89,7 +89,7 @@ class RandomData:
         self.subject = rng.integers(0, full.subjects, n_samples)
         self.image = rng.integers(0, n_images, n_samples)
         self.activity = np.load(path, mmap_mode="r") if path else np.empty((0, n_vertices), np.float16)
-        self.row = rng.standard_normal((1024, n_vertices), dtype=np.float32).astype(np.float16)
+        self.row = None if path else rng.standard_normal((1024, n_vertices), dtype=np.float32).astype(np.float16)
 
     def samples(self, split):
         return np.arange(len(self.subject))

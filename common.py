@@ -122,16 +122,22 @@ def constant_comments(path):
     return {m[1]: m[2] for m in re.finditer(r"^([A-Z][A-Z0-9_]*) = .*?  # (.*)$", text, re.MULTILINE)}
 
 
+def check_least(namespace, **least):
+    """Refuse constants below their least sensible values, NaN among them; names not there are passed over."""
+    for name, limit in least.items():
+        if name in namespace and not namespace[name] >= limit:
+            raise Problem(f"{name} is {namespace[name]}, expected {limit} or more")
+
+
 def choose_device(name):
     """"auto" is the GPU where there is one; "cuda", "cuda:1", "cpu"."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise Problem(f"DEVICE is {name}, but torch {torch.__version__} sees no GPU: --device cpu runs without")
-    try:
-        return torch.device(name)
-    except RuntimeError:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise Problem(f"DEVICE is {name!r}, expected auto, cpu, cuda or cuda:N")
+    return torch.device(name)
 
 
 def choose_precision(name, device):

@@ -28,7 +28,8 @@ from tqdm import tqdm
 import fit_pca
 import predict
 import prepare_data
-from common import Problem, choose_device, choose_precision, run_script, versions, write_whole
+import train_head
+from common import Problem, check_least, choose_device, choose_precision, run_script, versions, write_whole
 from flatmap import FlatMap, outlined, save_figure
 from model import Crops, check_made, finite_median, load_checkpoint, r2_score
 from predict import choose_checkpoint, csv_bytes, predict_batch
@@ -269,7 +270,7 @@ def print_tables(table, n_images, space):
 
 
 def write_scores(output, what, scores, table, n_images, ceilings, space):
-    """scores.json, scores.csv and vertices.npz (DESIGN of these: at the top of this file)."""
+    """scores.json, scores.csv and vertices.npz, as the top of this file lists them."""
     headlines = {}
     for row in table:
         if row["hemisphere"] == "both" and row["roi_group"] == "all":
@@ -366,7 +367,7 @@ def figure_3(run_dir):
     untrained head, is left out: it would squash the axes."""
     titles = {"train_head": "phase 1: head", "finetune": "phase 2: head and self-attention"}
     paths = {name: Path(run_dir) / f"{name}.jsonl" for name in titles}
-    logs = {n: [json.loads(line) for line in p.read_text().splitlines()] for n, p in paths.items() if p.exists()}
+    logs = {name: train_head.read_log(path) for name, path in paths.items() if path.exists()}
     if not logs:
         print(f"no figure 3: neither {' nor '.join(map(str, paths.values()))} is there")
         return None
@@ -484,6 +485,7 @@ def draw_figures(data, scores, table, examples, example, run_dir, encoder):
 
 
 def main():
+    check_least(globals(), BATCH_SIZE=1, SEED=0)
     if SPLIT not in ("val", "test", "challenge"):
         raise Problem(f"SPLIT is {SPLIT!r}, expected val, test or challenge")
     split, device = "challenge" if SUBMISSION else SPLIT, choose_device(DEVICE)

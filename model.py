@@ -62,11 +62,13 @@ class Trunk(nn.Module):
         self.mean, self.std = (self.vit.pretrained_cfg[k] for k in ("mean", "std"))
         self.requires_grad_(False).eval()
         with torch.no_grad():
-            features = self(torch.zeros(1, 3, image_size, image_size))
+            self.vit.forward_features(torch.zeros(1, 3, image_size, image_size))
+        features = [self.features.get(layer) for layer in self.layers]  # some modules are never called
         for layer, x in zip(self.layers, features):
-            if x.ndim != 3:
+            shape = tuple(x.shape) if isinstance(x, torch.Tensor) else None
+            if shape is None or len(shape) != 3:
                 raise Problem(
-                    f"layer {layer} of trunk {name} gives features of shape {tuple(x.shape)}, expected "
+                    f"layer {layer} of trunk {name} gives features of shape {shape}, expected "
                     "(n_images, n_tokens, n_channels): name whole blocks of a ViT in LAYERS, "
                     'for example "blocks.{0,2,4,6,8,10}"'
                 )
@@ -121,11 +123,14 @@ def create_vit(name, image_size, pretrained, seed):
             f"file elsewhere (huggingface.co/timm/{name}, model.safetensors) and put it at "
             f"{weights_dir / (name + '.safetensors')}; or, for random weights, --pretrained false"
         )
-    if not hasattr(vit, "blocks") or not hasattr(vit, "prune_intermediate_layers"):
+    if vit is None or not hasattr(vit, "blocks") or not hasattr(vit, "prune_intermediate_layers"):
         raise Problem(
             f"trunk {name} has no transformer blocks with tokens, expected a ViT such as "
             "eva02_base_patch14_224.mim_in22k (README, trunks)"
         )
+    patch = getattr(vit.patch_embed, "patch_size", (1,))[0]
+    if image_size % patch:
+        raise Problem(f"IMAGE_SIZE is {image_size}, expected a multiple of {patch}, the patch size of {name}")
     return vit
 
 
@@ -534,11 +539,16 @@ def load_checkpoint(path, device="cpu", space=None):
             f"made with {checkpoint['trunk_fingerprint']} (timm {checkpoint['versions']['timm']}, torch "
             f"{checkpoint['versions']['torch']}). Use the same weights file and versions, or train anew"
         )
-    trunk.load_state_dict(stored, strict=False)
-    trunk.stored |= set(stored)
     n_subjects, pca_dim, latent_dim = weights["subject_weight"].shape
     head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, len(weights["embed_bias"]))
-    head.load_state_dict(weights)
+    try:
+        missing = set(trunk.load_state_dict(stored, strict=False).missing_keys)
+        head.load_state_dict(weights)
+    except RuntimeError as error:
+        raise Problem(f"{path} does not fit {trunk.settings['name']}: {' '.join(str(error).split())[:300]}")
+    if stored and "published" in checkpoint["made_with"] and missing & dict(trunk.named_parameters()).keys():
+        raise Problem(f"{path} holds a trunk without {', '.join(sorted(missing)[:3])} …, expected a whole {trunk.settings['name']}")
+    trunk.stored |= set(stored)
     head.bias_count = checkpoint.get("bias_count", 1)
     return Encoder(trunk, head).to(device).eval(), space, checkpoint
 
@@ -550,6 +560,9 @@ def convert_published(content, space, path):
     twice in a subject's prediction and once in the group's: bias_count. Subjects are 01 to 08.
     """
     theirs, trunk = content["encoder"], content["trunk"] or {}
+    needed = {"shared_proj.weight", "subj_proj.fc.weight", "subj_proj.fc.bias", "embed.weight", "embed.bias"}
+    if needed - set(theirs):
+        raise Problem(f"{path} lacks {', '.join(sorted(needed - set(theirs)))}, expected a phase 1 or 2 file of the authors")
     n_vertices, pca_dim = theirs["embed.weight"].shape
     if space is None or space.n_vertices != n_vertices:
         found = "no vertex space" if space is None else f"{space.n_vertices} vertices"

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import prepare_data
 import train_head
-from common import Problem, choose_device, choose_precision, load_torch, run_script, write_whole
+from common import Problem, check_least, choose_device, choose_precision, load_torch, run_script, write_whole
 from flatmap import FlatMap, outlined, save_figure
 from model import Crops, autocast, check_made, load_checkpoint
 
@@ -301,6 +301,7 @@ def plot_picture(path, title, picture, activity, flat_map, outlines):
 
 
 def main():
+    check_least(globals(), BATCH_SIZE=1)
     device = choose_device(DEVICE)
     precision = choose_precision(PRECISION, device)
     path = choose_checkpoint(CHECKPOINT, RUN_DIR)

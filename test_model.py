@@ -95,7 +95,7 @@ def random_features(n):
 
 
 def plain_head(head, features, subject):
-    """DESIGN.md section 3, one number at a time -> z (n, pca_dim), y (n, n_vertices)."""
+    """The formulas of model.py, one number at a time -> z (n, pca_dim), y (n, n_vertices)."""
     n, h = len(features[0]), np.zeros((len(features[0]), latent_dim))
     for layer, x in zip(head.projections, features):
         s, w, x = layer.spatial.tolist(), layer.channel.tolist(), x.tolist()
@@ -168,7 +168,7 @@ def test_head_in_half_precision(precision, tolerance):
 def test_parameter_counts_and_initialisation():
     with torch.device("meta"):
         base = Encoder(nn.Identity(), Head([(257, 768)] * 6, 1024, 2048, 8, 39548, 0.9))
-    assert base.n_parameters() == (25_200_640, 106_234_492)  # DESIGN.md section 3
+    assert base.n_parameters() == (25_200_640, 106_234_492)  # of the report: 25 M and 106 M
     assert {n for n, p in base.head.named_parameters() if not p.requires_grad} == {"embed_weight", "embed_bias"}
     torch.manual_seed(0)
     head = Head([(30, 50)], 40, 60, 3, 9)
@@ -321,6 +321,28 @@ def test_unusable_trunks_are_refused(name, message):
         Trunk(name, "blocks.{0,30}", image_size=56, pretrained=False)
 
 
+def test_unusable_layers_and_sizes_are_refused():
+    with pytest.raises(Problem, match="layer blocks.0.attn.attn_drop .*gives features of shape None"):
+        Trunk(tiny, "blocks.0.attn.attn_drop", image_size=56, pretrained=False)
+    with pytest.raises(Problem, match="IMAGE_SIZE is 57, expected a multiple of 14"):
+        Trunk(tiny, "blocks.0", image_size=57, pretrained=False)
+
+
+@pytest.mark.parametrize(
+    "stage, name, value",
+    [
+        (prepare_data, "SEED", -1), (prepare_data, "WORKERS", -1), (fit_pca, "PASSES", 0), (train_head, "LATENT_DIM", 0),
+        (train_head, "BATCH_SIZE", 1), (train_head, "MICRO_BATCH", 100), (train_head, "LEARNING_RATE", math.nan),
+        (train_head, "BETAS", (2.0, 1.0)), (train_head, "FEATURE_DROPOUT", 1.0), (train_head, "CROP_SCALE", 0.0),
+        (train_head, "DEVICE", "meta"), (train_head, "PRECISION", "half"), (finetune, "WEIGHT_DECAY", -1.0),
+        (predict, "BATCH_SIZE", 0), (evaluate, "SPLIT", "train"),
+    ],
+)  # fmt: skip
+def test_senseless_values_are_refused_before_anything_is_read(stage, name, value):
+    with pytest.raises(Problem, match=f"{name} is .*expected"):
+        run(stage, **{name: value})
+
+
 def test_trunk_weights_come_from_the_seed_or_a_local_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Problem, match=f"weights/{tiny}.safetensors"):  # no network: says where to put it
@@ -421,7 +443,7 @@ def test_splits_at_full_size(seed):
     shared = rng.random((1000, 8)) < n_training / 9841  # some of them missed by those with fewer sessions
     own = np.repeat(np.eye(8, dtype=bool), n_training - shared.sum(0), axis=0)
     seen = rng.permutation(np.concatenate([shared, own]))  # (n_pictures, n_subjects)
-    assert seen.sum() == 75086  # samples (DESIGN.md section 4)
+    assert seen.sum() == 75086  # samples of the challenge
     split = prepare_data.split_pictures(seen, seed)
     assert split.shape == (len(seen),)  # one for everybody who saw the picture
     for who, tolerance in [*((subject, 0.01) for subject in seen.T), (seen.sum(1) > 1, 0.03)]:  # of 1,000 shared
@@ -689,7 +711,7 @@ def test_pca_is_scikit_learns(which, request):
     signs = np.sign((reference.components_[:5].T * basis[:, :5]).sum(0))
     np.testing.assert_allclose(basis[:, :5] * signs, reference.components_[:5].T, atol=1e-3)  # and order
 
-    # targets: the loss of any z is the one over the vertices (DESIGN.md section 3)
+    # targets: the loss of any z is the one over the vertices
     z = np.random.default_rng(0).standard_normal((len(activity), n))
     expected = ((z @ basis.T + mean - activity) ** 2).mean(1)
     found = (((z - pca.latents.double().numpy()) ** 2).sum(1) + pca.residual.numpy()) / data.space.n_vertices
@@ -965,7 +987,7 @@ def test_private_test_scores(submission, subjects, fitted):
 
 @torch.no_grad()
 def test_authors_weights(tmp_path, monkeypatch):
-    """Their file (DESIGN.md section 3) predicts by their formula: embed on either term, each with its bias."""
+    """Their file (README) predicts by their formula: embed on either term, each with its bias."""
     create = timm.create_model  # their trunk, narrower for speed
     monkeypatch.setattr(timm, "create_model", lambda *a, **options: create(*a, **options, embed_dim=96, num_heads=3))
     torch.manual_seed(1)
@@ -998,6 +1020,18 @@ def test_authors_weights(tmp_path, monkeypatch):
     group = encoder.head.decode(encoder(images), group=True)
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)  # float32, thousands of terms
     torch.testing.assert_close(group, shared, rtol=1e-4, atol=1e-4)
+
+    for part, names, message in (
+        ("trunk", ["blocks.4.norm1.weight"], "a trunk without vit.blocks.4.norm1.weight"),  # never a random one
+        ("encoder", ["shared_proj.weight"], "lacks shared_proj.weight"),
+        ("encoder", [n for n in w if n.startswith("feat_projs.5")], "does not fit eva02_base"),
+    ):
+        kept = {name: v for name, v in content[part].items() if name not in names}
+        torch.save(content | {part: kept}, tmp_path / "part.pt")
+        with pytest.raises(Problem, match=message):
+            model.load_checkpoint(tmp_path / "part.pt", space=space)
+    with pytest.raises(Problem, match="9 vertices, but the prepared data gives no vertex space"):
+        model.load_checkpoint(tmp_path / "theirs.pt")
 
 
 # ---- killed, damaged, mixed up, out of disk -----------------------------------------------------

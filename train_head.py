@@ -26,7 +26,8 @@ from tqdm import tqdm
 import fit_pca
 import prepare_data
 from common import (
-    Problem, check_disk, choose_device, choose_precision, constants, load_torch, run_script, versions, write_whole,
+    Problem, check_disk, check_least, choose_device, choose_precision, constants, load_torch, run_script, versions,
+    write_whole,
 )  # fmt: skip
 from model import (
     Crops, Encoder, Head, Trunk, autocast, median_r2, predict_latents, r2_score, random_boxes, save_checkpoint,
@@ -399,21 +400,26 @@ def check_settings(settings):
     s = SimpleNamespace(**settings)
     choose_precision(s.PRECISION, choose_device(s.DEVICE))
     smallest_crop(s.CROP_SCALE)
-    limits = {"BATCH_SIZE": 2, "STEPS": 1, "MICRO_BATCH": 0, "VALIDATE_EVERY": 0, "WARMUP_STEPS": 0, "SEED": 0}
-    for name, least in limits.items():
-        if getattr(s, name) < least:
-            raise Problem(f"{name} is {getattr(s, name)}, expected {least} or more")
+    check_least(
+        settings, BATCH_SIZE=2, STEPS=1, MICRO_BATCH=0, VALIDATE_EVERY=0, WARMUP_STEPS=0, SEED=0, LATENT_DIM=1,
+        IMAGE_SIZE=16, LEARNING_RATE=0, MIN_LEARNING_RATE=0, WEIGHT_DECAY=0, FEATURE_DROPOUT=0,
+    )  # fmt: skip
     if s.MICRO_BATCH and (s.MICRO_BATCH == 1 or s.BATCH_SIZE % s.MICRO_BATCH):
         raise Problem(f"MICRO_BATCH is {s.MICRO_BATCH}, expected 0 or a divisor of BATCH_SIZE {s.BATCH_SIZE} above 1")
-    if not 0 <= s.FEATURE_DROPOUT < 1:
-        raise Problem(f"FEATURE_DROPOUT is {s.FEATURE_DROPOUT}, expected 0 up to below 1")
-    if len(s.BETAS) != 2:
-        raise Problem(f"BETAS is {s.BETAS}, expected two numbers, such as 0.9,0.99")
+    if s.FEATURE_DROPOUT > 0.999:
+        raise Problem(f"FEATURE_DROPOUT is {s.FEATURE_DROPOUT}, expected 0 to 0.999")
+    if len(s.BETAS) != 2 or not all(0 <= beta < 1 for beta in s.BETAS):
+        raise Problem(f"BETAS is {s.BETAS}, expected two numbers from 0 to below 1, such as 0.9,0.99")
 
 
 def write_log(path, log):
     with write_whole(path) as file:
         file.write("".join(json.dumps(entry) + "\n" for entry in log).encode())
+
+
+def read_log(path):
+    """The entries of a log that train() wrote, one dict per validation."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def plot_curves(log, path, title):
