@@ -47,8 +47,9 @@ def run_script(main, namespace):
         print("interrupted; the same command starts again", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError as error:
-        batch = "set MICRO_BATCH below BATCH_SIZE" if "MICRO_BATCH" in namespace else "lower BATCH_SIZE"
-        sys.exit(f"error: the GPU has too little memory; {batch} ({str(error).splitlines()[0]})")
+        ways = {"MICRO_BATCH": "set MICRO_BATCH below BATCH_SIZE", "BATCH_SIZE": "lower BATCH_SIZE"}
+        way = next((text for name, text in ways.items() if name in namespace), "--device cpu runs without it")
+        sys.exit(f"error: the GPU has too little memory; {way} ({str(error).splitlines()[0]})")
     except MemoryError as error:
         sys.exit(f"error: too little host memory ({error}); README tells what each stage needs")
     except (OSError, RuntimeError) as error:
@@ -137,7 +138,13 @@ def choose_device(name):
         raise Problem(f"DEVICE is {name}, but torch {torch.__version__} sees no GPU: --device cpu runs without")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise Problem(f"DEVICE is {name!r}, expected auto, cpu, cuda or cuda:N")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise Problem(f"DEVICE is {name}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # what is asked without naming a device is then asked of this one
+    return device
 
 
 def choose_precision(name, device):

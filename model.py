@@ -178,7 +178,8 @@ class FeatureProjection(nn.Module):
     """1x1 convolution, then a learned spatial pooling map per latent unit, then batch norm.
 
     spatial S (latent_dim, n_tokens), channel W (latent_dim, n_channels): the full projection of
-    latent unit d is the outer product of S[d] and W[d], 1000 times fewer weights than a dense one.
+    latent unit d is the outer product of S[d] and W[d]: on EVA02-base 190 times fewer weights than a
+    dense one.
     """
 
     def __init__(self, n_tokens, n_channels, latent_dim):

@@ -296,7 +296,7 @@ def plot_picture(path, title, picture, activity, flat_map, outlines):
     left.set_axis_off()
     shown = flat_map.draw(right, activity, (-MAP_RANGE, MAP_RANGE), "RdBu_r", outlines)
     figure.colorbar(shown, ax=right, shrink=0.8, extend="both", label="predicted activity (z)")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     save_figure(figure, path)
 
 

@@ -212,8 +212,10 @@ def read_roi(masks, group, vertices):
             raise Problem(
                 f"{path}: {labels[hemi].dtype} of shape {labels[hemi].shape}, expected integer labels ({len(vertices[hemi])},)"
             )
-        if not (labels[hemi] == labels[hemi].astype(np.int16)).all():
-            raise Problem(f"{path}: values that are no integers, expected ROI labels as in {mapping.name}")
+        nameless = ~np.isin(labels[hemi], [0, *names])
+        if nameless.any():
+            print(f"{path}: {nameless.sum()} labels have no name in {mapping.name}, taken as {names.get(0, 'none')}")
+        labels[hemi] = np.where(nameless, 0, labels[hemi]).astype(np.int16)
     return names, labels
 
 
@@ -512,6 +514,8 @@ def main():
     report(subjects, space, samples, seen)
     check_splits(subjects, samples)
 
+    for leftover in data_dir.glob(".*.partial"):  # of a run that was killed
+        leftover.unlink()
     check_disk(data_dir, len(image_ids) * picture_size**2 * 3 + n_rows * space.n_vertices * np.dtype(dtype).itemsize)
     with write_whole(data_dir / "images.npy") as image_file, write_whole(data_dir / "activity.npy") as activity_file:
         write_activity(activity_file, subjects, space, dtype)

@@ -224,7 +224,7 @@ def train(stage, output, encoder, data, pca, settings, made_from):
     state_path, log_path = run_dir / f"{stage}.state.pt", run_dir / f"{stage}.jsonl"
     important = {k: v for k, v in settings.items() if k not in unimportant}
     made_from["trunk_fingerprint"] = trunk_fingerprint(encoder.trunk)
-    inputs = {**important, **made_from}
+    inputs = {**important, **made_from, "precision": str(precision)[6:]}
 
     state = None if s.OVERWRITE else load_state(state_path, run_dir / output, inputs)
     if state and state["step"] == s.STEPS:
@@ -285,7 +285,7 @@ def train(stage, output, encoder, data, pca, settings, made_from):
             raise not_finite(step, run_dir / output)
         if not scores["val_r2"] <= best:  # NaN, with single pictures, counts as better
             best = scores["val_r2"]
-            made_with = {**settings, **made_from}
+            made_with = {**settings, **inputs}
             save_checkpoint(run_dir / output, encoder, space=data.space, made_with=made_with, scores=scores, step=step)
         write_log(log_path, log)
         plot_curves(log, run_dir / f"{stage}.png", stage)
@@ -352,8 +352,13 @@ def load_state(path, output, inputs):
         before = state["inputs"]
     elif output.exists():  # killed before its first state, or the state was deleted
         state = None
-        before = load_torch(output, "encoder-1", "a checkpoint; --overwrite true starts anew")["made_with"]
-        before = {k: v for k, v in before.items() if k not in unimportant}
+        made = load_torch(output, "encoder-1", "a checkpoint; --overwrite true starts anew")
+        if made["step"] > 0:
+            raise Problem(
+                f"{output} is there (step {made['step']}) without {path}, which a run needs to continue: choose another "
+                "RUN_DIR, or start anew with --overwrite true"
+            )
+        before = {k: v for k, v in made["made_with"].items() if k not in unimportant}
     else:
         return None
     changed = [k for k in inputs | before if inputs.get(k) != before.get(k)]
