@@ -46,7 +46,8 @@ REPEATS = 5  # of every timing; medians are quoted
 FLOAT16_STEPS = 200  # steps with loss scaling that must stay finite (part memory)
 GPU_LIMIT = 30.0  # GiB, cap of the process's GPU memory (part memory)
 PCA_SIZE = 0.125  # of the full 63,800 samples, for the comparison with scikit-learn
-MAX_SIZE = 0.25  # of the full size, the largest in part scaling
+MAX_SIZE = 0.25  # of the full size, the largest in part scaling; 1 needs 16 GB of RAM
+SCALING_PCA_DIM = 256  # components of the PCA in part scaling
 N_PICTURES = 512  # PNG files of part prepare
 TEMPORARY = ""  # folder for simulated activity (5 GB at full size); empty: the system's
 
@@ -369,7 +370,8 @@ def part_scaling(device, batch_size, folder):
     write_activity(path, int(full.samples * sizes[-1]), full.vertices)
     images = random_images(int(full.images * sizes[-1]))
     settings = SimpleNamespace(**constants(vars(train_head)) | {"BATCH_SIZE": batch_size})
-    costs = {"batch from RAM": [], "PCA": [], "prepare": []}
+    pca_name = f"PCA of {SCALING_PCA_DIM} components"
+    costs = {"batch from RAM": [], pca_name: [], "prepare": []}
     for size in sizes:
         n = int(full.samples * size)
         data = RandomData(n, int(full.images * size))
@@ -377,7 +379,7 @@ def part_scaling(device, batch_size, folder):
         batches = train_head.Batches(data, pca, images, settings, device, vertex_space=False)
         steps = iter(range(10**6))
         costs["batch from RAM"].append(side_by_side(device, {"": lambda: batches.prepare(next(steps))}, 20)[""])
-        costs["PCA"].append(in_process(pca_ours, path, n, full.pca_dim, device)[0][0])
+        costs[pca_name].append(in_process(pca_ours, path, n, SCALING_PCA_DIM, device)[0][0])
         part = pictures[: int(N_PICTURES * size)]
         costs["prepare"].append(side_by_side(torch.device("cpu"), {"": lambda: prepare_data.write_images(io.BytesIO(), part, 0)})[""])
     for name, seconds in costs.items():

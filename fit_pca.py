@@ -111,7 +111,8 @@ def fit(activity, pca_dim, passes, seed):
                 energy += float(torch.linalg.vecdot(y, y).sum(dtype=torch.float64))
         if i < passes - 1:
             q = None  # blocks are let go as soon as they can be
-            q, b = lower_factor(b), None  # keeps the columns apart in float32
+            # keeps the columns apart in float32; orthonormal for the last pass, whose t has to be exact
+            q, b = (torch.linalg.qr(b)[0] if i == passes - 2 else lower_factor(b)), None
     # Nyström: G ~ b t^-1 b' = q (r t^-1 r') q' with t = q'b of the last pass, which needs no further
     # one; directions lost in float32 noise (fewer samples than components) come last in the full basis
     t = (q.T @ b).double()
