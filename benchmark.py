@@ -188,11 +188,14 @@ def part_step(device, precision, batch_size):
 
     n = 3  # steps in a row, so that the next batch's preparation overlaps
     authors = AuthorsArrangement(phase)
+    trained = [p for p in phase.encoder.parameters() if p.requires_grad]
+    unfused = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.8)
     seconds = side_by_side(device, {
         "trunk": trunk_forward,
         "crop": lambda: phase.crops(batch["images"], batch["top"], batch["left"], batch["size"]),
         "head": head_both_ways,
         "optimiser": phase.optimise,
+        "unfused": unfused.step,
         "alone": lambda: phase.batches.prepare(1),
         "resident": lambda: [phase.step(batch) for _ in range(n)],
         "whole": lambda: phase.run(n),
@@ -208,6 +211,7 @@ def part_step(device, precision, batch_size):
     row("  (preparing a batch alone, hidden behind the step before)", f"{seconds['alone'] / unit:.3f}")
     for name in ("crop", "head", "optimiser"):
         row(f"  {name}", f"{seconds[name] / unit:.3f}")
+    row("  (an optimiser that is not fused)", f"{seconds['unfused'] / unit:.3f}")
     row("the authors' arrangement, whole step", f"{seconds['authors'] / n / unit:.3f}", f"{seconds['authors'] / n / whole:.2f} of ours")
 
 
@@ -260,8 +264,29 @@ class AuthorsArrangement(torch.utils.data.Dataset):
 # ---- part memory --------------------------------------------------------------------------------
 
 
+def kept_for_backward(stage, batch_size, device, precision):
+    """Bytes of activations that autograd keeps in one step of the stage."""
+    phase = Phase(stage, batch_size, device, precision, n_images=batch_size)
+    own = {p.untyped_storage().data_ptr() for p in phase.encoder.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        phase.step(next(phase.stream)[1])
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
 def part_memory(device, precision):
     if device.type != "cuda":
+        for name, stage in (("phase 1", train_head), ("phase 2", finetune)):
+            kept = (kept_for_backward(stage, 4, device, precision) - kept_for_backward(stage, 2, device, precision)) / 2
+            size = f"{kept * stage.BATCH_SIZE / 2**30:.1f} GiB at batch {stage.BATCH_SIZE}"
+            row(f"{name}: kept for the backward pass, a picture", f"{kept / 1e6:.1f} MB", size)
         return row("peak GPU memory of both phases, float16 steps", "not measured", "needs a GPU")
     total = torch.cuda.get_device_properties(device).total_memory / 2**30
     torch.cuda.set_per_process_memory_fraction(min(1.0, GPU_LIMIT / total), device)

@@ -261,6 +261,10 @@ class Head(nn.Module):
     def forward(self, features, subject=None):
         """features: per layer (n, n_tokens, n_channels); subject (n,) int64 or None for the group
         prediction -> activity latents z (n, pca_dim), float32."""
+        return self.encode(self.project(features), subject)
+
+    def project(self, features):
+        """features -> feature latents h (n, latent_dim), the same for all subjects."""
         h = []
         for projection, x in zip(self.projections, features):
             if torch.is_autocast_enabled(x.device.type):
@@ -268,9 +272,12 @@ class Head(nn.Module):
             if self.training:
                 x = dropout(x, self.dropout)
             h.append(projection(x))  #                          (n, latent_dim)
+        return torch.stack(h).mean(0)  #                        (n, latent_dim)
+
+    def encode(self, h, subject=None):
+        """h (n, latent_dim) -> z (n, pca_dim)."""
         # the maps cost a thousandth of the trunk: full precision keeps rounding out of z
-        with torch.autocast(h[0].device.type, enabled=False):
-            h = torch.stack(h).mean(0)  #                       (n, latent_dim)
+        with torch.autocast(h.device.type, enabled=False):
             z = F.linear(h, self.shared)  #                     (n, pca_dim)
             if subject is not None:
                 n_subjects, pca_dim = self.subject_bias.shape
@@ -520,12 +527,12 @@ def save_checkpoint(path, encoder, *, space, made_with, scores, step):
 def load_checkpoint(path, device="cpu", space=None):
     """-> (encoder on device in evaluation mode, space, checkpoint dict without the big tensors).
 
-    space: vertex space of the prepared data; only the authors' published files need it, which
-    hold none.
+    space: vertex space of the prepared data, or a function that finds it; only the authors'
+    published files need it, which hold none.
     """
     content = read_torch(path, "a checkpoint of train_head.py or finetune.py")
     if set(content) >= {"trunk", "encoder"}:
-        checkpoint = convert_published(content, space, path)
+        checkpoint = convert_published(content, space() if callable(space) else space, path)
     else:
         checkpoint = check_format(content, path, "encoder-1", "a checkpoint of train_head.py or finetune.py")
     space = Space(**checkpoint.pop("space"))

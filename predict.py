@@ -13,7 +13,6 @@ mean over every ROI (one row per picture, subject and ROI), and per subject and 
     subj01/NAME.png               the picture and its predicted activity on a flat map
 """
 
-import contextlib
 import csv
 import io
 import json
@@ -37,6 +36,7 @@ from flatmap import FlatMap, outlined, save_figure
 from model import Crops, autocast, check_made, load_checkpoint
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data; not needed for IMAGES
+CHALLENGE_DIR = prepare_data.CHALLENGE_DIR  # of IMAGES: vertex masks for the authors' weights, without DATA_DIR
 RUN_DIR = train_head.RUN_DIR  # holds finetuned.pt or head.pt
 CHECKPOINT = ""  # a checkpoint's path; empty: RUN_DIR/finetuned.pt where it exists, else head.pt
 SUBMISSION_DIR = "submission"  # predictions and zip are written there
@@ -74,16 +74,16 @@ def choose_checkpoint(path, run_dir):
 
 @torch.inference_mode()
 def predict_batch(encoder, crops, images, subjects, precision):
-    """Activity of pictures for several subjects; the trunk runs once.
+    """Activity of pictures for several subjects; trunk and projections run once.
 
     images (n, 256, 256, 3) uint8; subjects: indices, None for the group -> (n, n_vertices of the
     common space) float32 on the CPU, one for each of the subjects.
     """
     device = encoder.head.embed_bias.device
     with autocast(device, precision):
-        features = encoder.trunk(crops.whole(torch.from_numpy(images).to(device)))
+        h = encoder.head.project(encoder.trunk(crops.whole(torch.from_numpy(images).to(device))))
         indices = [None if s is None else torch.full((len(images),), s, device=device) for s in subjects]
-        latents = [encoder.head(features, index) for index in indices]  #  (n, pca_dim) each
+        latents = [encoder.head.encode(h, index) for index in indices]  #  (n, pca_dim) each
     return [encoder.head.decode(z, group=s is None).cpu() for z, s in zip(latents, subjects)]
 
 
@@ -252,10 +252,8 @@ def roi_means(activity, areas, space):
 
 
 def predict_pictures(path, device, precision):
-    space = None
-    with contextlib.suppress(Problem):
-        space = prepare_data.load(DATA_DIR).space  # only the authors' weights need it
-    encoder, space, _ = load_checkpoint(path, device, space=space)
+    # only the authors' weights need a space from elsewhere
+    encoder, space, _ = load_checkpoint(path, device, lambda: prepare_data.find_space(DATA_DIR, CHALLENGE_DIR))
     subjects = choose_subjects(SUBJECT, space)
     pictures, output = find_pictures(IMAGES, OUTPUT_DIR), Path(OUTPUT_DIR)
     areas = {subject: space.regions(s) for subject, s in subjects.items()}

@@ -116,9 +116,7 @@ def read_subject(folder, findings):
     if len(subject.vertices) == len(hemis):
         for group in roi_groups:
             with findings.collect():
-                roi = read_roi(masks, group, subject.vertices)
-                if roi:
-                    subject.rois[group] = roi
+                read_roi(masks, group, subject)
     return subject
 
 
@@ -199,12 +197,13 @@ def check_activity(path, n_pictures, n_vertices):
         )
 
 
-def read_roi(masks, group, vertices):
-    """({label: name}, {hemi: labels (n_vertices,)}), or None where the group has no file at all."""
+def read_roi(masks, group, subject):
+    """Set subject.rois[group], unless the group has no file at all."""
+    vertices = subject.vertices
     paths = {hemi: masks / f"{hemi}.{group}_challenge_space.npy" for hemi in hemis}
     mapping = masks / f"mapping_{group}.npy"
     if not any(path.exists() for path in (mapping, *paths.values())):
-        return None
+        return
     names = read_mapping(mapping)
     labels = {hemi: read_npy(path, mapped=False) for hemi, path in paths.items()}
     for hemi, path in paths.items():
@@ -216,7 +215,7 @@ def read_roi(masks, group, vertices):
         if nameless.any():
             print(f"{path}: {nameless.sum()} labels have no name in {mapping.name}, taken as {names.get(0, 'none')}")
         labels[hemi] = np.where(nameless, 0, labels[hemi]).astype(np.int16)
-    return names, labels
+    subject.rois[group] = names, labels
 
 
 class MappingUnpickler(pickle.Unpickler):
@@ -312,6 +311,19 @@ def build_space(subjects):
             rois[group] = {"names": names, "labels": torch.from_numpy(labels)}
     vertices = torch.from_numpy(np.concatenate([union[hemi] for hemi in hemis]))
     return Space([s.name for s in subjects], vertices, len(union["lh"]), torch.from_numpy(mask), rois)
+
+
+def find_space(data_dir, challenge_dir):
+    """Space of the prepared data, else of the challenge folder's masks, None where neither is there."""
+    if (Path(data_dir) / "prepared.pt").exists():
+        return load(data_dir).space
+    subjects = []
+    for folder in sorted(Path(challenge_dir).glob("subj[0-9][0-9]/roi_masks")):
+        vertices = {hemi: read_mask(folder / f"{hemi}.all-vertices_fsaverage_space.npy") for hemi in hemis}
+        subjects.append(Subject(folder.parent.name, [], np.array([]), {}, vertices, [], np.array([]), {}))
+        for group in roi_groups:
+            read_roi(folder, group, subjects[-1])
+    return build_space(subjects) if subjects else None
 
 
 def split_pictures(seen, seed):

@@ -667,6 +667,13 @@ def test_regions_are_the_files(prepared, challenge, subjects):
             assert np.array_equal(roi["labels"][s], expected)
 
 
+def test_vertex_space_from_the_masks_alone(challenge, prepared, tmp_path):
+    ours = prepare_data.find_space(tmp_path, challenge)
+    expected = prepare_data.find_space(prepared, tmp_path)
+    assert_equal(vars(ours), vars(expected))
+    assert prepare_data.find_space(tmp_path, tmp_path) is None
+
+
 def test_subset_of_subjects(challenge, subset, subjects, tmp_path):
     found, two = prepare_data.load(subset), [subjects["subj06"], subjects["subj08"]]
     assert found.space.subjects == ["subj06", "subj08"] and set(found.test_subject) == {0}
