@@ -24,7 +24,6 @@ disk_errors = (
 )  # fmt: skip
 
 
-
 class Problem(Exception):
     """Something the user can mend: printed as one message without a traceback, exit code 1."""
 

@@ -29,7 +29,7 @@ from model import median_r2, r2_score
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data; pca.pt is written there too
 PCA_DIM = 2048  # components (report, Table 1)
-PASSES = 4  # power iterations; with the Nyström step as exact as 9 of scikit-learn's 10 products
+PASSES = 4  # power iterations, two products each; as exact as scikit-learn's ten (benchmark.py)
 SEED = prepare_data.SEED  # governs the starting block
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE = False  # fit again although pca.pt is there
