@@ -51,7 +51,6 @@ SEED = prepare_data.SEED  # of the clustering in figure 2a
 PRECISION = "auto"  # auto, bfloat16, float16 or float32
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 
-metric_names = {"r2": "R²", "r": "r", "challenge": "challenge score"}
 n_examples = 6  # of figure 4b
 activity_range = 2.0  # z, colour scale of figure 4b ends at ± this
 n_pooling_maps = 16  # clusters of figure 2a

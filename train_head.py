@@ -297,6 +297,7 @@ def train(stage, output, encoder, data, pca, settings, made_from):
         # head or encoder twice (best and last) with Adam's two moments, and as much again for the new beside the old
         total = sum(p.numel() for p in head.parameters())
         check_disk(run_dir, 2 * 4 * (2 * total + 3 * n_trainable))
+        state_path.unlink(missing_ok=True)  # an overwritten run's: it says nothing of the checkpoint to come
         validate(0)
     stop = StopRequest()
     bar = tqdm(total=s.STEPS, initial=first, desc=stage, unit="step")
