@@ -67,15 +67,19 @@ class Activity:
         return len(self.rows)
 
     def chunks(self, what):
-        """Yields (start, y - mean (n, n_vertices)), the next chunk read meanwhile."""
+        """Yields (start, y - mean (n, n_vertices)), the next chunk read meanwhile.
+
+        Every chunk lies in the same memory: new pages for each would cost as much as reading it.
+        """
         starts = range(0, len(self), chunk_rows)
+        memory = torch.empty(min(chunk_rows, len(self)), len(self.mean), device=self.device)
         with tqdm(total=len(self), desc=what, unit="row", unit_scale=True) as bar, ThreadPoolExecutor(1) as pool:
             coming = pool.submit(self.read, 0)
             for start in starts:
                 chunk = coming.result()
                 if start != starts[-1]:
                     coming = pool.submit(self.read, start + chunk_rows)
-                yield start, chunk.to(self.device).to(torch.float32, copy=True).sub_(self.mean)
+                yield start, memory[: len(chunk)].copy_(chunk).sub_(self.mean)
                 bar.update(len(chunk))
 
     def read(self, start):
@@ -108,7 +112,7 @@ def fit(activity, pca_dim, passes, seed):
         for _, y in activity.chunks(f"pass {i + 1} of {passes}"):
             b.addmm_(y.T, y @ q)
             if i == passes - 1:
-                energy += float(torch.linalg.vecdot(y, y).sum(dtype=torch.float64))
+                energy += float(squared_norms(y).sum())
         if i < passes - 1:
             q = None  # blocks are let go as soon as they can be
             # keeps the columns apart in float32; orthonormal for the last pass, whose t has to be exact
@@ -122,9 +126,10 @@ def fit(activity, pca_dim, passes, seed):
     known = values > 1e-6 * values.max()
     root = r.double() @ (vectors[:, known] / values[known].sqrt())
     basis = torch.linalg.eigh(root @ root.T)[1].flip(1)[:, :pca_dim]
-    components = q @ basis.float()
-    largest = components.gather(0, components.abs().argmax(0, keepdim=True))
-    return components * largest.sign(), energy / (n - 1)  # signs as scikit-learn settles them
+    components, q = q @ basis.float(), None
+    least, most = torch.aminmax(components, dim=0)
+    components *= torch.where(most >= -least, 1.0, -1.0)  # signs as scikit-learn settles them
+    return components, energy / (n - 1)
 
 
 def lower_factor(b):
@@ -140,13 +145,18 @@ def lower_factor(b):
     return basis
 
 
+def squared_norms(y):
+    """|y|² of every row as float64, without a copy of y."""
+    return torch.linalg.vector_norm(y, dim=1).double().square()
+
+
 def project(activity, components):
     """z* (n, pca_dim) float32 and r* (n,) float32 of an Activity, on the CPU."""
     latents, residual = [], []
     for _, y in activity.chunks("targets"):
         z = y @ components
         latents.append(z.cpu())
-        residual.append((y.square().sum(1, dtype=torch.float64) - z.square().sum(1, dtype=torch.float64)).cpu())
+        residual.append((squared_norms(y) - squared_norms(z)).cpu())
     return torch.cat(latents), torch.cat(residual).clamp(min=0).float()
 
 
