@@ -8,6 +8,7 @@ activity are random at full resolution: no data is needed. Parts:
     memory    peak GPU memory of both phases' steps with the process capped (GPU only)
     pca       group PCA against scikit-learn's randomised PCA, each in a process of its own
     prepare   decoding and resizing on one core and on all
+    host      peak host memory of stages 1 to 4 on a simulated challenge folder of HOST_SIZE
     scaling   cost at 1/8, 1/4, 1/2 and full size, as far as MAX_SIZE lets it
 """
 
@@ -17,7 +18,10 @@ import itertools
 import multiprocessing
 import os
 import platform
+import re
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +33,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
+import demo
 import finetune
 import fit_pca
 import prepare_data
@@ -36,7 +41,7 @@ import train_head
 from common import Problem, choose_device, choose_precision, constants, run_script, versions
 from model import Crops, Encoder, Head, Trunk, autocast, picture_size, smallest_crop
 
-PARTS = "step,memory,pca,prepare,scaling"  # which to run
+PARTS = "step,memory,pca,prepare,host,scaling"  # which to run
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 PRECISION = "auto"  # auto, bfloat16, float16 or float32
 TRUNK = train_head.TRUNK  # timm name; weights are random, which costs the same
@@ -46,11 +51,14 @@ REPEATS = 5  # of every timing; medians are quoted
 FLOAT16_STEPS = 200  # steps with loss scaling that must stay finite (part memory)
 GPU_LIMIT = 30.0  # GiB, cap of the process's GPU memory (part memory)
 PCA_SIZE = 0.125  # of the full 63,800 samples, for the comparison with scikit-learn
+HOST_SIZE = 0.02  # of the challenge's samples, for part host; 1 needs 32 GB of disk and 17 GB of RAM
 MAX_SIZE = 0.25  # of the full size, the largest in part scaling; 1 needs 16 GB of RAM
 SCALING_PCA_DIM = 256  # components of the PCA in part scaling
 N_PICTURES = 512  # PNG files of part prepare
 TEMPORARY = ""  # folder for simulated activity (5 GB at full size); empty: the system's
 
+n_vertices = {"lh": 19_004, "rh": 20_544}  # subjects 6 and 8 of the challenge lack some of them
+n_missing = {6: {"lh": 26, "rh": 324}, 8: {"lh": 23, "rh": 14}}
 full = SimpleNamespace(samples=63_800, vertices=39_548, images=68_000, subjects=8, pca_dim=2048, latent_dim=1024)
 
 
@@ -380,6 +388,53 @@ def part_prepare(folder):
     row(f"  on {cores} cores", f"{seconds[1] / seconds[cores]:.2f}", "times that rate; wanted 1.8 at least on two")
 
 
+# ---- part host ----------------------------------------------------------------------------------
+
+
+def write_challenge(folder):
+    """A challenge folder of HOST_SIZE with random activity; a few pictures under many names."""
+    (folder / "files").mkdir()
+    files = [path for [path] in write_pictures(folder / "files", N_PICTURES)]
+    challenge, rng = folder / "challenge", np.random.default_rng(0)
+    n_train, n_test = (max(20, round(n * HOST_SIZE)) for n in (demo.n_training[1], demo.n_held_out[1]))
+    chosen = demo.choose_pictures(0, n_train, n_test, shared=0.1)
+    for nsd_id, paths in demo.picture_paths(challenge, chosen).items():
+        for path in paths:
+            os.link(files[nsd_id % len(files)], path)
+    for subject, splits in chosen.items():
+        for side, n in n_vertices.items():
+            vertices = np.arange(n - n_missing.get(subject, {}).get(side, 0))
+            labels = dict.fromkeys(demo.areas, np.zeros(len(vertices), int))
+            activity = [rng.standard_normal((len(ids), len(vertices)), dtype=np.float32) for ids in splits]
+            demo.write_hemisphere(challenge / f"subj{subject:02}", side, vertices, labels, activity, np.ones(len(vertices)))
+    return challenge
+
+
+def part_host(folder):
+    folder = Path(folder)
+    data = f"--data_dir={folder / 'data'}"
+    training = (data, f"--run_dir={folder / 'run'}", "--steps=2", "--warmup_steps=1", "--batch_size=4", f"--device={DEVICE}")
+    stages = {
+        "prepare_data": (f"--challenge_dir={write_challenge(folder)}", data),
+        "fit_pca": (data, f"--pca_dim={min(full.pca_dim, int(full.samples * HOST_SIZE) // 2)}", "--passes=1", f"--device={DEVICE}"),
+        "train_head": (*training, f"--trunk={TRUNK}", f"--layers={LAYERS}", "--pretrained=false"),
+        "finetune": training,
+    }  # fmt: skip
+    for stage, arguments in stages.items():
+        script = Path(__file__).with_name(f"{stage}.py")
+        done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True)
+        found = re.search(r"(\d+) s, peak memory ([\d.]+) GB", done.stdout)
+        if not found:
+            raise Problem(f"{script.name} failed, its message is above")
+        note = f"{found[1]} s; wanted {'4' if stage == 'prepare_data' else '12'} GB at most"
+        if stage in ("train_head", "finetune"):
+            pictures = os.path.getsize(folder / "data/images.npy") / 1e9
+            note = f"{float(found[2]) - pictures:.1f} GB without the pictures; wanted 3 at most"
+            if choose_device(DEVICE).type == "cpu":
+                note = note.partition(";")[0] + ", model and activations of batch 4 included"
+        row(f"{stage}.py at {HOST_SIZE:g} of the full size: peak host memory", f"{found[2]} GB", note)
+
+
 # ---- part scaling -------------------------------------------------------------------------------
 
 
@@ -418,7 +473,7 @@ def main():
     device = choose_device(DEVICE)
     precision = choose_precision(PRECISION, device)
     parts = {name.strip() for name in PARTS.split(",")}
-    known = {"step", "memory", "pca", "prepare", "scaling"}
+    known = {"step", "memory", "pca", "prepare", "host", "scaling"}
     if not parts <= known:
         raise Problem(f"PARTS is {PARTS!r}, expected some of {', '.join(sorted(known))}")
     batch_size = BATCH_SIZE or (512 if device.type == "cuda" else 32)
@@ -430,7 +485,7 @@ def main():
     if "memory" in parts:
         part_memory(device, precision)
     for name, part in (("pca", lambda f: part_pca(device, f)), ("prepare", part_prepare),
-                       ("scaling", lambda f: part_scaling(device, batch_size, f))):  # fmt: skip
+                       ("host", part_host), ("scaling", lambda f: part_scaling(device, batch_size, f))):  # fmt: skip
         if name in parts:
             with tempfile.TemporaryDirectory(dir=TEMPORARY or None) as folder:
                 part(folder)

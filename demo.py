@@ -336,7 +336,7 @@ def picture_features(picture):
     return pooled.reshape(n_channels, grid * grid)
 
 
-def choose_pictures(seed, n_train, n_test):
+def choose_pictures(seed, n_train, n_test, shared=shared):
     """{subject: (training ids, test ids)}, each sorted; the same whichever subjects are simulated.
 
     Everyone sees the shared pictures, in the same split; apart from those nobody's ids meet.
@@ -355,11 +355,8 @@ def choose_pictures(seed, n_train, n_test):
     return chosen
 
 
-def write_pictures(folder, chosen, size, seed):
-    """Draw every picture once, write it for all who see it; {nsd id: its features}."""
-    from sklearn.datasets import load_sample_images
-
-    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+def picture_paths(folder, chosen):
+    """{nsd id: its files, one for everybody who sees it}; makes their folders."""
     paths = {}
     for subject, splits in chosen.items():
         for split, ids in zip(("training", "test"), splits):
@@ -368,6 +365,15 @@ def write_pictures(folder, chosen, size, seed):
             for row, nsd_id in enumerate(ids, start=1):
                 name = f"{split.removesuffix('ing')}-{row:04d}_nsd-{nsd_id:05d}.png"
                 paths.setdefault(nsd_id, []).append(images / name)
+    return paths
+
+
+def write_pictures(folder, chosen, size, seed):
+    """Draw every picture once, write it for all who see it; {nsd id: its features}."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    paths = picture_paths(folder, chosen)
 
     def write(nsd_id):
         picture = draw_picture(photos, np.random.default_rng([seed, nsd_id]), size)
