@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -38,7 +37,7 @@ import finetune
 import fit_pca
 import prepare_data
 import train_head
-from common import Problem, choose_device, choose_precision, constants, run_script, versions
+from common import Problem, choose_device, choose_precision, constants, peak_resident, run_script, versions
 from model import Crops, Encoder, Head, Trunk, autocast, picture_size, smallest_crop
 
 PARTS = "step,memory,pca,prepare,host,scaling"  # which to run
@@ -325,7 +324,7 @@ def in_process(function, *arguments):
 
 def with_peak(function, *arguments):
     result = function(*arguments)
-    return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return result, peak_resident()
 
 
 def pca_ours(path, n_samples, pca_dim, device):

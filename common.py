@@ -246,8 +246,15 @@ def versions():
 
 
 def peak_memory():
-    unit = 1 if sys.platform == "darwin" else 1024
-    text = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    text = f"{peak_resident():.1f} GB"
     if torch.cuda.is_available():
         text += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     return text
+
+
+def peak_resident():
+    """Peak resident memory of this process in GB."""
+    with contextlib.suppress(OSError):  # on Linux ru_maxrss starts from the parent's
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -239,7 +239,7 @@ def train(stage, output, encoder, data, pca, settings, made_from):
     # the loss is the same in PCA space as long as the embedding is the PCA's
     is_pca = torch.equal(head.embed_weight.cpu(), pca.components) and torch.equal(head.embed_bias.cpu(), pca.mean)
     vertex_space = s.TRAIN_EMBEDDING or not is_pca or head.bias_count != 1
-    # fused: one pass over the weights; benchmark.py measures it against the unfused one
+    # fused: one pass over the weights; on a CPU 0.008 of the trunk's forward, else 0.027 (benchmark.py)
     optimizer = torch.optim.AdamW(
         trainable.values(), lr=s.LEARNING_RATE, betas=s.BETAS, weight_decay=s.WEIGHT_DECAY, fused=True
     )
