@@ -69,7 +69,7 @@ class Activity:
     def chunks(self, what):
         """Yields (start, y - mean (n, n_vertices)), the next chunk read meanwhile.
 
-        Every chunk lies in the same memory: new pages for each would cost as much as reading it.
+        Every chunk lies in the same memory: on a CPU new pages for each took longer than converting it.
         """
         starts = range(0, len(self), chunk_rows)
         memory = torch.empty(min(chunk_rows, len(self)), len(self.mean), device=self.device)
