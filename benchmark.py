@@ -412,7 +412,7 @@ def write_challenge(folder):
 def part_host(folder):
     folder = Path(folder)
     data = f"--data_dir={folder / 'data'}"
-    training = (data, f"--run_dir={folder / 'run'}", "--steps=2", "--warmup_steps=1", "--batch_size=4", f"--device={DEVICE}")
+    training = (data, f"--run_dir={folder / 'run'}", "--steps=2", "--warmup_steps=1", "--batch_size=2", f"--device={DEVICE}")
     stages = {
         "prepare_data": (f"--challenge_dir={write_challenge(folder)}", data),
         "fit_pca": (data, f"--pca_dim={min(full.pca_dim, int(full.samples * HOST_SIZE) // 2)}", "--passes=1", f"--device={DEVICE}"),
@@ -421,7 +421,7 @@ def part_host(folder):
     }  # fmt: skip
     limits = {"prepare_data": 4, "fit_pca": 12}
     on_cpu = choose_device(DEVICE).type == "cpu"
-    wanted = "with model and activations of batch 4" if on_cpu else "wanted 3 at most"
+    wanted = "with model and activations of batch 2" if on_cpu else "wanted 3 at most"
     for stage, arguments in stages.items():
         script = Path(__file__).with_name(f"{stage}.py")
         done = subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True)

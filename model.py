@@ -253,10 +253,9 @@ class Head(nn.Module):
         self.embed_bias = nn.Parameter(torch.zeros(n_vertices), requires_grad=False)  # mean
 
     def set_embedding(self, components, mean):
-        """components (n_vertices, pca_dim), orthonormal columns; mean (n_vertices,)."""
-        with torch.no_grad():
-            self.embed_weight.copy_(components)
-            self.embed_bias.copy_(mean)
+        """components (n_vertices, pca_dim), orthonormal columns; mean (n_vertices,): used, not copied."""
+        self.embed_weight = nn.Parameter(components, requires_grad=False)
+        self.embed_bias = nn.Parameter(mean, requires_grad=False)
 
     def forward(self, features, subject=None):
         """features: per layer (n, n_tokens, n_channels); subject (n,) int64 or None for the group
@@ -548,17 +547,18 @@ def load_checkpoint(path, device="cpu", space=None):
             f"{checkpoint['versions']['torch']}). Use the same weights file and versions, or train anew"
         )
     n_subjects, pca_dim, latent_dim = weights["subject_weight"].shape
-    head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, len(weights["embed_bias"]))
+    with torch.device("meta"):
+        head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, len(weights["embed_bias"]))
     try:
         missing = set(trunk.load_state_dict(stored, strict=False).missing_keys)
-        head.load_state_dict(weights)
+        head.load_state_dict(weights, assign=True)  # the file's mapped memory, no second copy
     except RuntimeError as error:
         raise Problem(f"{path} does not fit {trunk.settings['name']}: {' '.join(str(error).split())[:300]}")
     if stored and "published" in checkpoint["made_with"] and missing & dict(trunk.named_parameters()).keys():
         raise Problem(f"{path} holds a trunk without {', '.join(sorted(missing)[:3])} …, expected a whole {trunk.settings['name']}")
     trunk.stored |= set(stored)
     head.bias_count = checkpoint.get("bias_count", 1)
-    return Encoder(trunk, head).to(device).eval(), space, checkpoint
+    return Encoder(trunk, head).to(device, torch.float32).eval(), space, checkpoint
 
 
 def convert_published(content, space, path):

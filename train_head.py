@@ -26,8 +26,8 @@ from tqdm import tqdm
 import fit_pca
 import prepare_data
 from common import (
-    Problem, check_disk, check_least, choose_device, choose_precision, constants, load_torch, run_script, versions,
-    write_whole,
+    Problem, check_disk, check_least, choose_device, choose_precision, constants, fingerprint, load_torch,
+    run_script, versions, write_whole,
 )  # fmt: skip
 from model import (
     Crops, Encoder, Head, Trunk, autocast, median_r2, predict_latents, r2_score, random_boxes, save_checkpoint,
@@ -169,7 +169,7 @@ def backward(encoder, crops, batch, precision, scaler, micro_batch):
 
 
 class Validation:
-    """Scores an encoder on one split; its activity is read once and kept in RAM.
+    """Scores an encoder on one split; its activity is read anew each time, a subject at a time.
 
     images: (n_images, 256, 256, 3) uint8 in RAM or mapped.
     """
@@ -177,7 +177,6 @@ class Validation:
     def __init__(self, data, images, split, batch_size):
         self.data, self.images, self.batch_size = data, images, batch_size
         self.rows = [data.samples(split, s) for s in range(len(data.space.subjects))]
-        self.activity = [torch.from_numpy(data.read_activity(rows)) for rows in self.rows]
 
     def batches(self):
         for s, rows in enumerate(self.rows):
@@ -190,19 +189,21 @@ class Validation:
         vertices of the common space, as in training, and median R² over the existing ones."""
         latents = predict_latents(encoder, crops, self.batches(), precision) if any(map(len, self.rows)) else []
         losses, scores, start = [], [], 0
-        for s, activity in enumerate(self.activity):
-            z = latents[start : start + len(activity)]
-            start += len(activity)
-            if not len(activity):
+        for s, rows in enumerate(self.rows):
+            z = latents[start : start + len(rows)]
+            start += len(rows)
+            if not len(rows):
                 scores.append(None)
                 losses.append(float("nan"))
                 continue
             with torch.inference_mode():
+                activity = torch.from_numpy(self.data.read_activity(rows)).to(z.device)
                 prediction = encoder.head.decode(z)
-                activity = activity.to(z.device)
-                losses.append(F.mse_loss(prediction, activity.float()).item())
-                scores.append(r2_score(activity, prediction)[self.data.space.mask[s]])
-        subjects, counts = self.data.space.subjects, [len(a) for a in self.activity]
+                parts = list(zip(activity.split(4096, 1), prediction.split(4096, 1)))  # bounds what the sums need
+                squared = sum(F.mse_loss(p, a.float(), reduction="sum").item() for a, p in parts)
+                losses.append(squared / prediction.numel())
+                scores.append(torch.cat([r2_score(a, p) for a, p in parts])[self.data.space.mask[s]])
+        subjects, counts = self.data.space.subjects, [len(rows) for rows in self.rows]
         total = sum(loss * n for loss, n in zip(losses, counts) if n)
         result = {f"{name}_loss": total / sum(counts) if sum(counts) else float("nan")}
         result |= median_r2(scores, subjects, f"{name}_r2")
@@ -237,7 +238,7 @@ def train(stage, output, encoder, data, pca, settings, made_from):
         head.embed_bias.requires_grad_(True)
     trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     # the loss is the same in PCA space as long as the embedding is the PCA's
-    is_pca = torch.equal(head.embed_weight.cpu(), pca.components) and torch.equal(head.embed_bias.cpu(), pca.mean)
+    is_pca = fingerprint(head.embed_weight, head.embed_bias) == pca.fingerprint
     vertex_space = s.TRAIN_EMBEDDING or not is_pca or head.bias_count != 1
     # fused: one pass over the weights; on a CPU 0.008 of the trunk's forward, else 0.027 (benchmark.py)
     optimizer = torch.optim.AdamW(
@@ -256,6 +257,7 @@ def train(stage, output, encoder, data, pca, settings, made_from):
         restore(encoder, optimizer, scaler, state)
         first, best, log, loss_sum, n_losses = (state[k] for k in ("step", "best", "log", "loss_sum", "n_losses"))
         print(f"continuing after step {first} of {s.STEPS}")
+        state = None  # lets go of its mapped file
     n_trainable = sum(p.numel() for p in trainable.values())
     print(
         f"{n_trainable:,} trainable parameters, head {encoder.n_parameters()[1]:,} in all; {len(batches.rows)} training "
@@ -293,7 +295,7 @@ def train(stage, output, encoder, data, pca, settings, made_from):
         save(step)
         tqdm.write(f"step {step}: val loss {scores['val_loss']:.5f}, val median R² {scores['val_r2']:.4f}", file=sys.stdout)
 
-    if not state:
+    if not log:
         # head or encoder twice (best and last) with Adam's two moments, and as much again for the new beside the old
         total = sum(p.numel() for p in head.parameters())
         check_disk(run_dir, 2 * 4 * (2 * total + 3 * n_trainable))
