@@ -40,7 +40,7 @@ import train_head
 from common import Problem, choose_device, choose_precision, constants, peak_resident, run_script, versions
 from model import Crops, Encoder, Head, Trunk, autocast, picture_size, smallest_crop
 
-PARTS = "step,memory,pca,prepare,host,scaling"  # which to run
+PARTS = "step,memory,pca,prepare,host,scaling"  # which of these to run
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 PRECISION = "auto"  # auto, bfloat16, float16 or float32
 TRUNK = train_head.TRUNK  # timm name; weights are random, which costs the same

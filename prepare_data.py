@@ -75,9 +75,9 @@ class Findings(list):
 
 
 def read_folder(folder, names):
-    """Check the whole folder but the pictures' pixels, tell everything that is wrong at once.
+    """Check the folder, all but the pictures' pixels and the values of the activity.
 
-    names: of subjects, empty for all. -> ([Subject], dtype in which the activity can be stored)
+    names: of subjects, empty for all. -> ([Subject], Findings)
     """
     found = sorted(p.name for p in Path(folder).glob("subj[0-9][0-9]") if p.is_dir())
     wanted = [n for n in re.split(r"[,\s]+", names) if n] or found
@@ -89,9 +89,7 @@ def read_folder(folder, names):
         )
     findings = Findings()
     subjects = [read_subject(Path(folder) / name, findings) for name in sorted(set(wanted))]
-    dtype = scan_activity(subjects, findings)
-    findings.refuse(f"problems in {folder}")
-    return subjects, dtype
+    return subjects, findings
 
 
 def read_subject(folder, findings):
@@ -486,9 +484,9 @@ def inputs_fingerprint(subjects, seed):
 def main():
     check_least(globals(), SEED=0, WORKERS=0)
     data_dir = Path(DATA_DIR)
-    subjects, dtype = read_folder(CHALLENGE_DIR, SUBJECTS)
-    inputs = inputs_fingerprint(subjects, SEED)
-    if (data_dir / "prepared.pt").exists() and not OVERWRITE:
+    subjects, findings = read_folder(CHALLENGE_DIR, SUBJECTS)
+    inputs = None if findings else inputs_fingerprint(subjects, SEED)
+    if inputs and (data_dir / "prepared.pt").exists() and not OVERWRITE:
         done = load_torch(data_dir / "prepared.pt", "prepared-1", "what prepare_data.py writes")
         load(data_dir)
         if done["inputs"] != inputs:
@@ -498,6 +496,8 @@ def main():
             )
         print(f"{data_dir} is prepared already from these inputs; --overwrite true prepares it anew")
         return
+    dtype = scan_activity(subjects, findings)
+    findings.refuse(f"problems in {CHALLENGE_DIR}")
 
     space = build_space(subjects)
     n_rows = sum(len(s.pictures) for s in subjects)

@@ -1242,8 +1242,8 @@ def test_damaged_folder_is_refused(name, pair, tmp_path):
     file, damage, message = damages[name]
     damage(tmp_path / "folder" / "subj01" / file)
     with pytest.raises(Problem, match=message):
-        prepare_data.read_folder(tmp_path / "folder", "")
-    assert not list(tmp_path.rglob("touched"))
+        run(prepare_data, CHALLENGE_DIR=str(tmp_path / "folder"), DATA_DIR=str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists() and not list(tmp_path.rglob("touched"))
 
 
 def png_claiming(size):
