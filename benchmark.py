@@ -181,12 +181,12 @@ def part_step(device, precision, batch_size):
     batch = next(iter(phase.batches(0, 1)))[1]
     trunk, head = phase.encoder.trunk, phase.encoder.head
     pictures = phase.crops(batch["images"], batch["top"], batch["left"], batch["size"])
-    features = None
 
-    def trunk_forward():
-        nonlocal features
+    def forward(module):
         with torch.no_grad(), autocast(device, precision):
-            features = trunk(pictures)
+            return module(pictures)
+
+    features = forward(trunk)
 
     def head_both_ways():
         with autocast(device, precision):
@@ -197,8 +197,8 @@ def part_step(device, precision, batch_size):
     authors = AuthorsArrangement(phase)
     trained = [p for p in phase.encoder.parameters() if p.requires_grad]
     unfused = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.8)
-    seconds = side_by_side(device, {
-        "trunk": trunk_forward,
+    works = {
+        "trunk": lambda: forward(trunk),
         "crop": lambda: phase.crops(batch["images"], batch["top"], batch["left"], batch["size"]),
         "head": head_both_ways,
         "optimiser": phase.optimise,
@@ -207,11 +207,22 @@ def part_step(device, precision, batch_size):
         "resident": lambda: [phase.step(batch) for _ in range(n)],
         "whole": lambda: phase.run(n),
         "authors": lambda: authors.run(n),
-    })  # fmt: skip
+    }
+    compiled = Trunk(TRUNK, LAYERS, pretrained=False).to(device)
+    try:
+        compiling = clock(device, lambda: train_head.compile_trunk(compiled, pictures, precision))
+        works["compiled"] = lambda: forward(compiled)
+    except Problem as problem:
+        failure = str(problem)
+    seconds = side_by_side(device, works)
     unit = seconds["trunk"]
     whole, resident = seconds["whole"] / n, seconds["resident"] / n
     rate = f"{batch_size / unit:.0f} images/s"
     row(f"trunk forward to its last used block, batch {batch_size}", f"{unit * 1e3:.0f} ms", f"= 1, {rate}")
+    if "compiled" in works:
+        row("  with torch.compile", f"{seconds['compiled'] / unit:.3f}", f"after {compiling:.0f} s of compiling")
+    else:
+        row("  with torch.compile", "not available", failure)
     limit = 1.20 if device.type == "cuda" else 1.35
     row("whole phase-1 step", f"{whole / unit:.3f}", f"of the trunk's forward; wanted {limit} at most")
     row("  data: step from RAM less step with the batch on the device", f"{(whole - resident) / unit:.3f}", "wanted 0.03 at most on a GPU")
@@ -431,7 +442,7 @@ def part_host(folder):
         if stage in limits:
             note = f"{found[1]} s; wanted {limits[stage]} GB at most"
         else:
-            pictures = os.path.getsize(folder / "data/images.npy") / 1e9
+            pictures = prepare_data.load(folder / "data").n_training_images * picture_size**2 * 3 / 1e9
             note = f"{float(found[2]) - pictures:.1f} GB without the pictures; {wanted}"
         row(f"{stage}.py at {HOST_SIZE:g} of the full size: peak host memory", f"{found[2]} GB", note)
 

@@ -34,6 +34,7 @@ VALIDATE_EVERY = 0  # steps; 0: once per epoch-equivalent
 SEED = prepare_data.SEED  # governs order, crops and dropout
 PRECISION = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
+COMPILE = False  # true: torch.compile the trunk, which takes minutes first and a compiler; pays on a CPU (README)
 OVERWRITE = False  # start anew although RUN_DIR holds this stage's results
 
 

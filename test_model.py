@@ -343,6 +343,27 @@ def test_senseless_values_are_refused_before_anything_is_read(stage, name, value
         run(stage, **{name: value})
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_trunk(monkeypatch):
+    """Same features, same gradients, same names; a compiler that fails is told in one message."""
+    images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    trunks = [Trunk(tiny, "blocks.0", pretrained=False) for _ in range(2)]
+    train_head.compile_trunk(trunks[1], images, torch.float32)
+    results = []
+    for trunk in trunks:
+        parameters = [trunk.get_parameter(name).requires_grad_(True) for name in trunk.attention_parameters()]
+        (features,) = trunk(images)
+        features.square().mean().backward()
+        results.append((features.detach(), *(p.grad for p in parameters)))
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item())
+    assert trunks[1].state_dict().keys() == trunks[0].state_dict().keys()
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(Problem, match="torch.compile fails here .*no-such-compiler.*--compile false"):
+        train_head.compile_trunk(Trunk(tiny, "blocks.0", image_size=112, pretrained=False), images[..., :112, :112], torch.float32)
+
+
 def test_trunk_weights_come_from_the_seed_or_a_local_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Problem, match=f"weights/{tiny}.safetensors"):  # no network: says where to put it

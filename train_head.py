@@ -59,10 +59,11 @@ VALIDATE_EVERY = 0  # steps; 0: once per epoch-equivalent
 SEED = prepare_data.SEED  # governs initialisation, order, crops and dropout
 PRECISION = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
+COMPILE = False  # true: torch.compile the trunk, which takes minutes first and a compiler; pays on a CPU (README)
 OVERWRITE = False  # start anew although RUN_DIR holds this stage's results
 
 # what may differ between a run and its continuation
-unimportant = ("DATA_DIR", "RUN_DIR", "CHECKPOINT", "DEVICE", "OVERWRITE")
+unimportant = ("DATA_DIR", "RUN_DIR", "CHECKPOINT", "DEVICE", "COMPILE", "OVERWRITE")
 
 
 # ---- batches ------------------------------------------------------------------------------------
@@ -131,6 +132,17 @@ class Batches:
 
 
 # ---- one step -----------------------------------------------------------------------------------
+
+
+def compile_trunk(trunk, images, precision):
+    """torch.compile the trunk in place; its weights keep their names. images as Trunk.forward takes them."""
+    trunk.compile()
+    try:
+        with torch.inference_mode(), autocast(images.device, precision):
+            trunk(images)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Problem(f"COMPILE is true, but torch.compile fails here ({reason}); --compile false runs without")
 
 
 def learning_rate(step, s):
@@ -232,6 +244,9 @@ def train(stage, output, encoder, data, pca, settings, made_from):
         print(f"{run_dir / output} is finished with these inputs; --overwrite true trains it anew")
         return
     encoder.to(device)
+    if s.COMPILE:
+        size = encoder.trunk.image_size
+        compile_trunk(encoder.trunk, torch.zeros(s.MICRO_BATCH or s.BATCH_SIZE, 3, size, size, device=device), precision)
     head = encoder.head
     if s.TRAIN_EMBEDDING:
         head.embed_weight.requires_grad_(True)
