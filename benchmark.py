@@ -37,6 +37,7 @@ import finetune
 import fit_pca
 import prepare_data
 import train_head
+import training
 from common import Problem, choose_device, choose_precision, constants, peak_resident, run_script, versions
 from model import Crops, Encoder, Head, Trunk, autocast, picture_size, smallest_crop
 
@@ -148,27 +149,18 @@ class Phase:
                 trunk.get_parameter(name).requires_grad_(True)
         head = Head(trunk.feature_shapes, full.latent_dim, full.pca_dim, full.subjects, full.vertices, 0.9)
         self.encoder = Encoder(trunk, head).to(device).train()
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.encoder.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.8, fused=True
-        )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        self.learner = training.Learner(self.encoder, vars(self.settings), "head.pt", {}, device, precision)
         self.data = RandomData(8 * batch_size, n_images)
         n = len(self.data.subject)
         pca = SimpleNamespace(latents=torch.randn(n, full.pca_dim).half(), residual=torch.rand(n))
         self.images = random_images(n_images)
-        self.batches = train_head.Batches(self.data, pca, self.images, self.settings, device, vertex_space=False)
+        self.batches = training.Batches(self.data, pca, self.images, self.settings, device, vertex_space=False)
         self.stream = self.batches(0, 10**9)
         self.crops = Crops(trunk, smallest_crop(0.8), device=device)
 
-    def optimise(self):
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
     def step(self, batch):
-        loss = train_head.backward(self.encoder, self.crops, batch, self.precision, self.scaler, 0)
-        self.optimise()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss
+        training.train_step([self.learner], self.crops, batch, 0)
+        return self.learner.loss
 
     def run(self, n):
         """n whole steps, the data coming in as in training, out of a stream that is never started anew."""
@@ -191,7 +183,7 @@ def part_step(device, precision, batch_size):
     def head_both_ways():
         with autocast(device, precision):
             z = head(features, batch["subject"])
-        phase.scaler.scale(train_head.loss_of(head, z, batch)).backward()
+        phase.learner.scaler.scale(training.loss_of(head, z, batch)).backward()
 
     n = 3  # steps in a row, so that the next batch's preparation overlaps
     authors = AuthorsArrangement(phase)
@@ -201,7 +193,7 @@ def part_step(device, precision, batch_size):
         "trunk": lambda: forward(trunk),
         "crop": lambda: phase.crops(batch["images"], batch["top"], batch["left"], batch["size"]),
         "head": head_both_ways,
-        "optimiser": phase.optimise,
+        "optimiser": phase.learner.optimizer.step,
         "unfused": unfused.step,
         "alone": lambda: phase.batches.prepare(1),
         "resident": lambda: [phase.step(batch) for _ in range(n)],
@@ -210,7 +202,7 @@ def part_step(device, precision, batch_size):
     }
     compiled = Trunk(TRUNK, LAYERS, pretrained=False).to(device)
     try:
-        compiling = clock(device, lambda: train_head.compile_trunk(compiled, pictures, precision))
+        compiling = clock(device, lambda: training.compile_trunk(compiled, pictures, precision))
         works["compiled"] = lambda: forward(compiled)
     except Problem as problem:
         failure = str(problem)
@@ -270,13 +262,14 @@ class AuthorsArrangement(torch.utils.data.Dataset):
                     y = F.linear(F.dropout(features[i], 0.9), projection.channel)
                     h.append(projection.norm(torch.einsum("ntd,dt->nd", y, projection.spatial.to(y.dtype))))
                 h = torch.stack(h).mean(0)
-                every = F.linear(h, head.subject_weight.flatten(0, 1), head.subject_bias.flatten())
-                every = every.view(len(h), full.subjects, full.pca_dim)
-                z = F.linear(h, head.shared) + every[torch.arange(len(h), device=h.device), subject]
+                own = F.linear(h, head.subject_weight.flatten(0, 1), head.subject_bias.flatten())
+                own = own.view(len(h), full.subjects, full.pca_dim)
+                z = F.linear(h, head.shared) + own[torch.arange(len(h), device=h.device), subject]
                 loss = F.mse_loss(head.decode(z).float(), activity)
-            phase.scaler.scale(loss).backward()
-            phase.optimise()
-            phase.optimizer.zero_grad(set_to_none=True)
+            phase.learner.scaler.scale(loss).backward()
+            phase.learner.scaler.step(phase.learner.optimizer)
+            phase.learner.scaler.update()
+            phase.learner.optimizer.zero_grad(set_to_none=True)
 
 
 # ---- part memory --------------------------------------------------------------------------------
@@ -321,7 +314,7 @@ def part_memory(device, precision):
     torch.cuda.set_per_process_memory_fraction(1.0, device)
     phase = Phase(train_head, 64, device, torch.float16, n_images=256)
     losses = [phase.step(batch).item() for _, batch in phase.batches(0, FLOAT16_STEPS)]
-    row(f"float16 with loss scaling, {FLOAT16_STEPS} steps", f"{np.isfinite(losses).sum()} finite", f"scale {phase.scaler.get_scale():.0f}")
+    row(f"float16 with loss scaling, {FLOAT16_STEPS} steps", f"{np.isfinite(losses).sum()} finite", f"scale {phase.learner.scaler.get_scale():.0f}")
 
 
 # ---- part pca -----------------------------------------------------------------------------------
@@ -468,7 +461,7 @@ def part_scaling(device, batch_size, folder):
         n = int(full.samples * size)
         data = RandomData(n, int(full.images * size))
         pca = SimpleNamespace(latents=torch.zeros(n, full.pca_dim, dtype=torch.float16), residual=torch.zeros(n))
-        batches = train_head.Batches(data, pca, images, settings, device, vertex_space=False)
+        batches = training.Batches(data, pca, images, settings, device, vertex_space=False)
         steps = iter(range(10**6))
         costs["batch from RAM"].append(side_by_side(device, {"": lambda: batches.prepare(next(steps))}, 20)[""])
         costs[pca_name].append(in_process(pca_ours, path, n, SCALING_PCA_DIM, device)[0][0])

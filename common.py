@@ -28,16 +28,21 @@ class Problem(Exception):
     """Something the user can mend: printed as one message without a traceback, exit code 1."""
 
 
-def run_script(main, namespace):
+def run_script(main, namespace, many_processes=False):
     """Run a stage from the command line: override its constants by name, then main().
+
+    many_processes: whether torchrun may run it.
 
     namespace: the script's globals(). A constant is an UPPER_CASE number, string, true/false or
     tuple of numbers; the type of its value is the type that the command line must have.
     """
+    import processes  # builds on this file
+
     start = time.perf_counter()
     try:
-        override_constants(namespace, sys.argv[1:])
-        main()
+        with processes.joined(many_processes):
+            override_constants(namespace, sys.argv[1:])
+            main()
         seconds = time.perf_counter() - start
         print(f"{Path(sys.argv[0]).name}: {seconds:.0f} s, peak memory {peak_memory()}")
     except Problem as problem:

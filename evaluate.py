@@ -23,16 +23,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import fit_pca
 import predict
 import prepare_data
-import train_head
+from checkpoint import check_made, load_checkpoint
 from common import Problem, check_least, choose_device, choose_precision, run_script, versions, write_whole
 from flatmap import FlatMap, outlined, save_figure
-from model import Crops, check_made, finite_median, load_checkpoint, r2_score
-from predict import choose_checkpoint, csv_bytes, predict_batch
+from predict import choose_checkpoint, csv_bytes, describe_checkpoint
+from scores import finite_median, sample_r2, score
+from training import read_log
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data and PCA
 RUN_DIR = predict.RUN_DIR  # holds finetuned.pt or head.pt
@@ -56,38 +56,6 @@ activity_range = 2.0  # z, colour scale of figure 4b ends at ± this
 n_pooling_maps = 16  # clusters of figure 2a
 n_components = 4  # of figure 2b (report: 4)
 blue, orange, grey = "#0072B2", "#D55E00", "0.6"  # distinct to colour-blind people (Okabe and Ito)
-
-
-# ---- scores -------------------------------------------------------------------------------------
-
-
-def pearson_r(activity, prediction):
-    """activity, prediction (n_images, n_vertices) tensors -> r (n_vertices,) float64, 0 where either is
-    constant; NaN for fewer than two images."""
-    if len(activity) < 2:
-        return torch.full(activity.shape[1:], torch.nan, dtype=torch.float64)
-    x, y = activity.float(), prediction.float()
-    constant = (x == x[0]).all(0) | (y == y[0]).all(0)
-    x, y = x - x.mean(0), y - y.mean(0)
-    xx, yy, xy = ((a * b).sum(0, dtype=torch.float64) for a, b in ((x, x), (y, y), (x, y)))
-    return torch.where(constant, 0, xy / (xx * yy).sqrt()).clamp(-1, 1)
-
-
-def challenge_scores(r, ceiling):
-    """r, ceiling (n_vertices,) -> min(max(r, 0)² / ceiling, 1), a ceiling of 0 counting as 1e-14."""
-    return np.minimum(np.maximum(r, 0) ** 2 / np.where(ceiling == 0, 1e-14, ceiling), 1)
-
-
-def score(activity, prediction, has, ceiling):
-    """{metric: (n_vertices,)} of one subject. has (n_vertices,): its vertices; the others get NaN."""
-    found = {"r2": r2_score(activity, prediction).numpy(), "r": pearson_r(activity, prediction).numpy()}
-    found["challenge"] = challenge_scores(found["r"], ceiling)  # NaN without a ceiling
-    return {metric: np.where(has, values, np.nan) for metric, values in found.items()}
-
-
-def sample_r2(activity, prediction):
-    """R² of every sample over the vertices: (n_images, n_vertices) each -> (n_images,)."""
-    return r2_score(activity.T, prediction.T).numpy()
 
 
 # ---- what is scored -----------------------------------------------------------------------------
@@ -156,16 +124,10 @@ def read_split(data, split, s):
 
 def checkpoint_predictor(encoder, data, precision):
     """-> function of (subject index, rows of data.images): {"subject": …, "group": (n, n_vertices)}."""
-    crops = Crops(encoder.trunk, device=encoder.head.embed_bias.device)
 
     def predictions(s, rows):
-        with tqdm(total=len(rows), desc=f"predicting {data.space.subjects[s]}", unit="picture", leave=False) as bar:
-            both = []
-            for start in range(0, len(rows), BATCH_SIZE):
-                images = data.images[rows[start : start + BATCH_SIZE]]
-                both.append(predict_batch(encoder, crops, images, (s, None), precision))
-                bar.update(len(images))
-        return dict(zip(("subject", "group"), map(torch.cat, zip(*both))))
+        found = encoder.predict(data.images[rows], (s, None), batch_size=BATCH_SIZE, precision=precision)
+        return dict(zip(("subject", "group"), found))
 
     return predictions
 
@@ -366,7 +328,7 @@ def figure_3(run_dir):
     untrained head, is left out: it would squash the axes."""
     titles = {"train_head": "phase 1: head", "finetune": "phase 2: head and self-attention"}
     paths = {name: Path(run_dir) / f"{name}.jsonl" for name in titles}
-    logs = {name: train_head.read_log(path) for name, path in paths.items() if path.exists()}
+    logs = {name: read_log(path) for name, path in paths.items() if path.exists()}
     if not logs:
         print(f"no figure 3: neither {' nor '.join(map(str, paths.values()))} is there")
         return None
@@ -503,8 +465,9 @@ def main():
     else:
         path = choose_checkpoint(CHECKPOINT, RUN_DIR)
         encoder, _, made = load_checkpoint(path, device, space=space)
-        mend = f"point DATA_DIR ({DATA_DIR}) to the data it was trained on"
-        check_made(path, made, mend, data_fingerprint=data.fingerprint)
+        describe_checkpoint(path, made)
+        remedy = f"point DATA_DIR ({DATA_DIR}) to the data it was trained on"
+        check_made(path, made, remedy, data_fingerprint=data.fingerprint)
         output = path.parent / f"evaluation_{path.stem}_{split}"
         precision = choose_precision(PRECISION, device)
         predictions = checkpoint_predictor(encoder, data, precision)

@@ -3,7 +3,7 @@
 Reads DATA_DIR and RUN_DIR/head.pt, the best of phase 1; writes RUN_DIR/finetuned.pt,
 finetune.jsonl and finetune.png. Trainable are the q, k, v and output projections of the trunk
 blocks in use and the head; norms, MLPs and embeddings of the trunk stay frozen. Trunk, layers
-and sizes come from head.pt; the loop is phase 1's.
+and sizes come from head.pt; the loop is training.py's.
 """
 
 from pathlib import Path
@@ -11,8 +11,9 @@ from pathlib import Path
 import fit_pca
 import prepare_data
 import train_head
-from common import constants, run_script
-from model import check_made, load_checkpoint
+import training
+from checkpoint import check_made, load_checkpoint
+from common import Problem, choose_device, choose_precision, constants, run_script
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data and PCA
 RUN_DIR = train_head.RUN_DIR  # holds head.pt; finetuned.pt, log and curves are written there
@@ -35,24 +36,34 @@ SEED = prepare_data.SEED  # governs order, crops and dropout
 PRECISION = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 COMPILE = False  # true: torch.compile the trunk, which takes minutes first and a compiler; pays on a CPU (README)
+ALLOW_UNFINISHED = False  # true: start from a head.pt whose training has not come to its end
 OVERWRITE = False  # start anew although RUN_DIR holds this stage's results
 
 
 def main():
-    train_head.check_settings(constants(globals()))
+    settings = constants(globals())
+    training.check_settings(settings)
     data = prepare_data.load(DATA_DIR)
     pca = fit_pca.load(DATA_DIR, data)
+    device = choose_device(DEVICE)
+    precision = choose_precision(PRECISION, device)
     path = Path(CHECKPOINT or Path(RUN_DIR) / "head.pt")
     encoder, _, made = load_checkpoint(path, space=data.space)
     made_from = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
-    mend = f"python train_head.py --data_dir {DATA_DIR} --run_dir {RUN_DIR} --overwrite true trains a new one"
-    check_made(path, made, mend, **made_from)
-    encoder.head.dropout = FEATURE_DROPOUT
+    remedy = f"python train_head.py --data_dir {DATA_DIR} --run_dir {RUN_DIR} --overwrite true trains a new one"
+    check_made(path, made, remedy, **made_from)
+    if not made["finished"] and not ALLOW_UNFINISHED:
+        raise Problem(
+            f"{path} is the best so far of a training that has not ended (step {made['step']} of "
+            f"{made['made_with'].get('STEPS')}): the same train_head.py command continues it; --allow_unfinished true "
+            "starts from what is there"
+        )
     for name in encoder.trunk.attention_parameters():
         encoder.trunk.get_parameter(name).requires_grad_(True)
     made_from["head_fingerprint"] = made["fingerprint"]
-    train_head.train("finetune", "finetuned.pt", encoder, data, pca, constants(globals()), made_from)
+    learner = training.Learner(encoder, settings, "finetuned.pt", made_from, device, precision)
+    training.Training("finetune", [learner], data, pca, settings).run()
 
 
 if __name__ == "__main__":
-    run_script(main, globals())
+    run_script(main, globals(), many_processes=True)

@@ -25,7 +25,7 @@ from common import (
     Problem, check_disk, check_least, choose_device, constants, fingerprint, load_torch, run_script, versions,
     write_whole,
 )  # fmt: skip
-from model import median_r2, r2_score
+from scores import median_r2, r2_score
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data; pca.pt is written there too
 PCA_DIM = 2048  # components (report, Table 1)

@@ -10,7 +10,8 @@ Lane & Kiar 2023, "A Parameter-efficient Multi-subject Model for Predicting fMRI
 
 Without a subject z = A h: the subject-agnostic group prediction.
 
-In this file: trunk features, head, crops, scores, vertex space, checkpoint. It imports no stage.
+In this file: trunk features, head, encoder, crops, vertex space. It imports no stage; scores.py scores,
+checkpoint.py saves and loads, training.py trains.
 """
 
 import dataclasses
@@ -27,10 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import Problem, check_format, fingerprint, read_torch, versions, write_whole
+from common import Problem
 
 picture_size = 256  # px, side of the prepared pictures (prepare_data.py writes them)
 weights_dir = Path("weights")  # local pretrained trunks, looked at before the network
+dropout_chunk = 16  # samples whose dropout is drawn together
 
 
 # ---- trunk: token features of a timm ViT -------------------------------------------------------
@@ -138,7 +140,7 @@ def match_layers(names, patterns):
     """Names, in module order, that the patterns match; every pattern must match something."""
     blocks = [n for n in names if re.match(r"blocks\.\d+(\.|$)", n)]
     matched = set()
-    for pattern in [p for whole in split_patterns(patterns) for p in expand_braces(whole)]:
+    for pattern in [p for part in split_patterns(patterns) for p in expand_braces(part)]:
         # a wildcard stands for one part of a name, so that blocks.* means blocks, not their insides
         found = [n for n in blocks if n.count(".") == pattern.count(".") and fnmatch.fnmatchcase(n, pattern)]
         if not found:
@@ -189,8 +191,8 @@ class FeatureProjection(nn.Module):
         self.norm = nn.BatchNorm1d(latent_dim)
 
     def forward(self, x):
-        """x (n, n_tokens, n_channels) -> (n, latent_dim), float32 at least."""
-        return self.norm(ProjectAndPool.apply(x, self.channel, self.spatial))
+        """x (n, n_tokens, n_channels) -> p (n, latent_dim), float32 at least; norm() comes after."""
+        return ProjectAndPool.apply(x, self.channel, self.spatial)
 
 
 class ProjectAndPool(torch.autograd.Function):
@@ -222,15 +224,29 @@ class ProjectAndPool(torch.autograd.Function):
         return grad_x, grad_channel, grad_spatial.T
 
 
-def dropout(x, p):
-    """As F.dropout in training; p is rounded to 1/65536."""
-    if x.is_cuda or p == 0:
-        return F.dropout(x, p)
-    # torch's CPU dropout draws one number an element and takes as long as the projection's product
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    keep = round((1 - p) * 65536)
-    mask = (bits.view(torch.int16)[: x.numel()].view(x.shape) < keep - 32768).to(x.dtype)
-    return x * mask.mul_(65536 / keep)
+def dropout_mask(x, p, seed, first=0):
+    """1 where a feature is kept, 0 where it is dropped, of x (n, n_tokens, n_channels).
+
+    The mask of a sample depends on seed (ints) and its place in the whole batch, first and following, not on
+    how the batch is divided over micro-batches or processes: chunks of the batch are drawn one by one.
+    p is rounded to 1/65536. Four features share one 64-bit draw: torch's own dropout on a CPU makes the whole
+    phase-1 step take 1.1 of the time, with several heads more (benchmark.py).
+    """
+    threshold = kept_of_65536(p) - 32768
+    n, masks = len(x), []
+    generator = torch.Generator(x.device)
+    bits = torch.empty(-(-dropout_chunk * x[0].numel() // 4), dtype=torch.int64, device=x.device)
+    for chunk in range(first // dropout_chunk, -(-(first + n) // dropout_chunk)):
+        generator.manual_seed(int(np.random.default_rng([*seed, chunk]).integers(2**62)))
+        draws = bits.random_(-(2**63), None, generator=generator).view(torch.int16)
+        draws = draws[: dropout_chunk * x[0].numel()].view(dropout_chunk, *x.shape[1:])
+        start = chunk * dropout_chunk
+        masks.append((draws[max(first - start, 0) : first + n - start] < threshold).to(x.dtype))
+    return torch.cat(masks)
+
+
+def kept_of_65536(p):
+    return round((1 - p) * 65536)
 
 
 class Head(nn.Module):
@@ -260,18 +276,31 @@ class Head(nn.Module):
     def forward(self, features, subject=None):
         """features: per layer (n, n_tokens, n_channels); subject (n,) int64 or None for the group
         prediction -> activity latents z (n, pca_dim), float32."""
-        return self.encode(self.project(features), subject)
+        return self.encode(self.combine(self.project(features)), subject)
 
-    def project(self, features):
-        """features -> feature latents h (n, latent_dim), the same for all subjects."""
-        h = []
-        for projection, x in zip(self.projections, features):
+    def project(self, features, seed=None, first=0):
+        """features -> p of every layer (n_layers, n, latent_dim), each sample by itself.
+
+        seed, first: of the dropout in training, see dropout_mask; no seed: torch's generator gives one.
+        """
+        p = []
+        dropping = self.training and kept_of_65536(self.dropout) < 65536
+        if dropping and seed is None:
+            seed = (int(torch.randint(2**62, ())),)
+        for layer, (projection, x) in enumerate(zip(self.projections, features)):
             if torch.is_autocast_enabled(x.device.type):
                 x = x.to(torch.get_autocast_dtype(x.device.type))  # half the traffic of dropout
-            if self.training:
-                x = dropout(x, self.dropout)
-            h.append(projection(x))  #                          (n, latent_dim)
-        return torch.stack(h).mean(0)  #                        (n, latent_dim)
+            if dropping:
+                x = x * dropout_mask(x, self.dropout, (*seed, layer), first)
+            p.append(projection(x))  #                              (n, latent_dim)
+        p = torch.stack(p)  #                                       (n_layers, n, latent_dim)
+        # dropout's factor stands here, in float32: in float16 it would send features above 6,550 to infinity
+        return p * (65536 / kept_of_65536(self.dropout)) if dropping else p
+
+    def combine(self, p):
+        """p (n_layers, n, latent_dim) -> feature latents h (n, latent_dim), the same for all subjects.
+        In training batch norm takes its statistics from these n samples."""
+        return torch.stack([projection.norm(x) for projection, x in zip(self.projections, p)]).mean(0)
 
     def encode(self, h, subject=None):
         """h (n, latent_dim) -> z (n, pca_dim)."""
@@ -280,9 +309,9 @@ class Head(nn.Module):
             z = F.linear(h, self.shared)  #                     (n, pca_dim)
             if subject is not None:
                 n_subjects, pca_dim = self.subject_bias.shape
-                every = F.linear(h, self.subject_weight.flatten(0, 1), self.subject_bias.flatten())
-                every = every.view(-1, n_subjects, pca_dim)  #  (n, n_subjects, pca_dim)
-                z = z + every[torch.arange(len(z), device=z.device), subject]
+                own = F.linear(h, self.subject_weight.flatten(0, 1), self.subject_bias.flatten())
+                own = own.view(-1, n_subjects, pca_dim)  #      (n, n_subjects, pca_dim), of all subjects
+                z = z + own[torch.arange(len(z), device=z.device), subject]
         return z
 
     def decode(self, z, group=False):
@@ -297,36 +326,91 @@ def uniform(*shape, fan_in=None):
 
 
 class Encoder(nn.Module):
-    """Trunk and head together: pictures in, activity latents out."""
+    """Trunk and head together: pictures in, activity out.
 
-    def __init__(self, trunk, head):
+    layers: pattern of the trunk's layers that the head takes; empty: all that the trunk computes.
+    """
+
+    def __init__(self, trunk, head, layers=""):
         super().__init__()
         self.trunk, self.head = trunk, head
+        self.layers = layers or trunk.settings["layers"]
+        self.chosen = [trunk.layers.index(layer) for layer in match_layers(trunk.layers, self.layers)]
 
     def forward(self, images, subject=None):
         """images (n, 3, size, size) normalised, subject (n,) or None -> z (n, pca_dim)."""
-        return self.head(self.trunk(images), subject)
+        return self.head(self.choose(self.trunk(images)), subject)
+
+    def choose(self, features):
+        """Of the trunk's features those that the head takes."""
+        return [features[i] for i in self.chosen]
+
+    def trunk_settings(self):
+        """Settings of the trunk that this encoder needs, nothing above its last layer."""
+        return self.trunk.settings | {"layers": self.layers}
+
+    def trunk_state(self):
+        """{name: weight} of that trunk."""
+        last = max(int(self.trunk.layers[i].split(".")[1]) for i in self.chosen)
+        block = re.compile(r"vit\.blocks\.(\d+)\.")
+        state = self.trunk.state_dict()
+        return {name: v for name, v in state.items() if not (m := block.match(name)) or int(m[1]) <= last}
 
     def n_parameters(self):
         """(trainable, total) of the head."""
         parameters = list(self.head.parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
+    @torch.inference_mode()
+    def predict(self, images, subjects, *, batch_size=64, precision=torch.float32):
+        """Activity of whole pictures for several subjects; trunk and projections run once.
+
+        images: (n, 256, 256, 3) uint8 array or tensor; subjects: indices, None for the group prediction
+        -> a list with one (n, n_vertices of the common space) float32 tensor on the CPU for each of subjects.
+        """
+        [h] = feature_latents([self], images, batch_size=batch_size, precision=precision)
+        return [torch.cat([self.decode(part, s).cpu() for part in h.split(batch_size)]) for s in subjects]
+
+    def decode(self, h, subject):
+        """Feature latents h (n, latent_dim) -> activity (n, n_vertices) of one subject (an index; None: group)."""
+        index = None if subject is None else torch.full((len(h),), subject, device=h.device)
+        return self.head.decode(self.head.encode(h, index), group=subject is None)
+
 
 @torch.inference_mode()
-def predict_latents(encoder, crops, batches, precision=torch.float32):
-    """z (n, pca_dim) float32 of whole pictures, resized only (report: evaluation).
+def feature_latents(encoders, images, *, batch_size=64, precision=torch.float32, update=None):
+    """h of whole pictures, resized only (report: evaluation), for encoders that share one trunk.
 
-    batches: iterable of (images uint8 (n, 256, 256, 3), subject int64 (n,) or None), on any device.
+    images: (n, 256, 256, 3) uint8 array, also a mapped one, or tensor; update: called after every batch with
+    its size -> for each encoder h (n, latent_dim) float32 on its device. The only way to predict: training's
+    validation, submission, evaluation and own pictures all come through here.
     """
-    encoder.eval()
-    device = next(encoder.parameters()).device
-    latents = []
-    for images, subject in batches:
+    check_images(images)
+    trunk, device = encoders[0].trunk, encoders[0].head.embed_bias.device
+    crops = Crops(trunk, device=device)
+    for encoder in encoders:
+        encoder.eval()
+    parts = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        batch = (batch if isinstance(batch, torch.Tensor) else torch.from_numpy(np.array(batch))).to(device)
         with autocast(device, precision):
-            z = encoder(crops.whole(images.to(device)), None if subject is None else subject.to(device))
-        latents.append(z)
-    return torch.cat(latents)
+            features = trunk(crops.whole(batch))
+            parts.append([e.head.combine(e.head.project(e.choose(features))) for e in encoders])
+        if update:
+            update(len(batch))
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+def check_images(images):
+    """Refuse what is not (n, 256, 256, 3) uint8, n 1 or more."""
+    found = f"{str(getattr(images, 'dtype', type(images).__name__)).removeprefix('torch.')}"
+    shape = tuple(getattr(images, "shape", ()))
+    if found != "uint8" or len(shape) != 4 or shape[1:] != (picture_size, picture_size, 3) or not shape[0]:
+        raise Problem(
+            f"pictures are {found} of shape {shape}, expected uint8 values 0 to 255 of shape (n, {picture_size}, "
+            f"{picture_size}, 3): predict.read_picture(path) reads a file so"
+        )
 
 
 def autocast(device, precision):
@@ -409,43 +493,7 @@ def smallest_crop(smallest_area, source=picture_size):
     return int(np.rint(source * np.sqrt(smallest_area)))
 
 
-# ---- scores -------------------------------------------------------------------------------------
-
-
-def r2_score(activity, prediction):
-    """R² of every vertex, as sklearn.metrics.r2_score: 1 - sum (y - ŷ)² / sum (y - mean y)².
-
-    activity, prediction (n_images, n_vertices) tensors -> (n_vertices,) float64. A constant vertex
-    scores 1 if predicted exactly, else 0 (sklearn's rule); fewer than two images score NaN.
-    """
-    activity, prediction = activity.float(), prediction.float()
-    if len(activity) < 2:
-        return torch.full(activity.shape[1:], torch.nan, dtype=torch.float64)
-    residual = (activity - prediction).square_().sum(0, dtype=torch.float64)
-    total = (activity - activity.mean(0)).square_().sum(0, dtype=torch.float64)
-    constant = (activity == activity[0]).all(0)
-    r2 = 1 - residual / total
-    r2[constant] = (residual[constant] == 0).double()
-    return r2.cpu()
-
-
-def median_r2(scores, subjects, name="r2"):
-    """Headline medians. scores: per subject (n_vertices of that subject,) or None without pictures
-    -> {name: over all subjects and vertices, name_subj01: …}; NaN where nothing was scored."""
-    known = [np.asarray(s) for s in scores if s is not None]
-    whole = np.concatenate(known) if known else np.array([])
-    medians = {name: finite_median(whole)}
-    for subject, score in zip(subjects, scores):
-        medians[f"{name}_{subject}"] = finite_median(np.array([]) if score is None else np.asarray(score))
-    return medians
-
-
-def finite_median(values):
-    values = values[~np.isnan(values)]
-    return float(np.median(values)) if len(values) else float("nan")
-
-
-# ---- vertex space and checkpoint ----------------------------------------------------------------
+# ---- vertex space -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -498,124 +546,3 @@ class Space:
         return found
 
 
-def save_checkpoint(path, encoder, *, space, made_with, scores, step):
-    """Write all that prediction needs. made_with: constants and fingerprints of what made it.
-    Of the trunk only trained parameters are stored; the rest is known by its fingerprint.
-    """
-    stored = encoder.trunk.stored | {name for name, p in encoder.trunk.named_parameters() if p.requires_grad}
-    trained = {name: v.detach().cpu() for name, v in encoder.trunk.state_dict().items() if name in stored}
-    head = {name: v.detach().cpu() for name, v in encoder.head.state_dict().items()}
-    checkpoint = {
-        "format": "encoder-1",
-        "fingerprint": fingerprint(*head.values(), *trained.values()),
-        "made_with": made_with,
-        "versions": versions(),
-        "trunk_settings": encoder.trunk.settings,
-        "trunk": trained,
-        "trunk_fingerprint": trunk_fingerprint(encoder.trunk, trained),
-        "head": head,
-        "bias_count": encoder.head.bias_count,
-        "space": vars(space),
-        "scores": scores,
-        "step": step,
-    }
-    with write_whole(path) as file:
-        torch.save(checkpoint, file)
-
-
-def load_checkpoint(path, device="cpu", space=None):
-    """-> (encoder on device in evaluation mode, space, checkpoint dict without the big tensors).
-
-    space: vertex space of the prepared data, or a function that finds it; only the authors'
-    published files need it, which hold none.
-    """
-    content = read_torch(path, "a checkpoint of train_head.py or finetune.py")
-    if set(content) >= {"trunk", "encoder"}:
-        checkpoint = convert_published(content, space() if callable(space) else space, path)
-    else:
-        checkpoint = check_format(content, path, "encoder-1", "a checkpoint of train_head.py or finetune.py")
-    space = Space(**checkpoint.pop("space"))
-    if not all(re.fullmatch(r"subj\d\d", name) for name in space.subjects):
-        raise Problem(f"{path}: subjects {space.subjects}, expected subj01, subj02 and so on: not one of our checkpoints")
-    trunk = Trunk(**checkpoint["trunk_settings"])
-    stored, weights = checkpoint.pop("trunk"), checkpoint.pop("head")
-    found = trunk_fingerprint(trunk, stored)
-    if found != checkpoint.get("trunk_fingerprint", found):
-        raise Problem(
-            f"{path}: the trunk {trunk.settings['name']} built here has weights {found}, the checkpoint was "
-            f"made with {checkpoint['trunk_fingerprint']} (timm {checkpoint['versions']['timm']}, torch "
-            f"{checkpoint['versions']['torch']}). Use the same weights file and versions, or train anew"
-        )
-    n_subjects, pca_dim, latent_dim = weights["subject_weight"].shape
-    with torch.device("meta"):
-        head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, len(weights["embed_bias"]))
-    try:
-        missing = set(trunk.load_state_dict(stored, strict=False).missing_keys)
-        head.load_state_dict(weights, assign=True)  # the file's mapped memory, no second copy
-    except RuntimeError as error:
-        raise Problem(f"{path} does not fit {trunk.settings['name']}: {' '.join(str(error).split())[:300]}")
-    if stored and "published" in checkpoint["made_with"] and missing & dict(trunk.named_parameters()).keys():
-        raise Problem(f"{path} holds a trunk without {', '.join(sorted(missing)[:3])} …, expected a whole {trunk.settings['name']}")
-    trunk.stored |= set(stored)
-    head.bias_count = checkpoint.get("bias_count", 1)
-    return Encoder(trunk, head).to(device, torch.float32).eval(), space, checkpoint
-
-
-def convert_published(content, space, path):
-    """A file of the authors (phase 1 or 2) -> a checkpoint dict like ours.
-
-    Their forward pass embeds the shared and the subject term separately, so embed.bias counts
-    twice in a subject's prediction and once in the group's: bias_count. Subjects are 01 to 08.
-    """
-    theirs, trunk = content["encoder"], content["trunk"] or {}
-    needed = {"shared_proj.weight", "subj_proj.fc.weight", "subj_proj.fc.bias", "embed.weight", "embed.bias"}
-    if needed - set(theirs):
-        raise Problem(f"{path} lacks {', '.join(sorted(needed - set(theirs)))}, expected a phase 1 or 2 file of the authors")
-    n_vertices, pca_dim = theirs["embed.weight"].shape
-    if space is None or space.n_vertices != n_vertices:
-        found = "no vertex space" if space is None else f"{space.n_vertices} vertices"
-        raise Problem(
-            f"{path} holds the authors' weights for {n_vertices} vertices, but the prepared data gives {found}: "
-            "point DATA_DIR to challenge data prepared with subjects whose union has as many (subj01 has all)"
-        )
-    chosen = [int(name.removeprefix("subj")) - 1 for name in space.subjects]
-    head = {
-        "shared": theirs["shared_proj.weight"],
-        "subject_weight": theirs["subj_proj.fc.weight"].unflatten(0, (-1, pca_dim))[chosen],
-        "subject_bias": theirs["subj_proj.fc.bias"].unflatten(0, (-1, pca_dim))[chosen],
-        "embed_weight": theirs["embed.weight"],
-        "embed_bias": theirs["embed.bias"],
-    }
-    for name, value in theirs.items():
-        if name.startswith("feat_projs."):
-            ours = name.replace("feat_projs", "projections").replace("proj.weight1", "spatial")
-            head[ours.replace("proj.weight2", "channel")] = value
-    return {
-        "trunk_settings": {
-            "name": "eva02_base_patch14_224.mim_in22k", "layers": "blocks.{0,2,4,6,8,10}", "image_size": 224,
-            "pretrained": not trunk, "seed": 0,
-        },
-        "trunk": {f"vit.{name}": value for name, value in trunk.items()},
-        "head": head,
-        "bias_count": 2,
-        "space": vars(space),
-        "fingerprint": fingerprint(*theirs.values(), *trunk.values()),
-        "made_with": {"published": Path(path).name},
-        "scores": {},
-        "step": content.get("epoch"),
-    }  # fmt: skip
-
-
-def check_made(path, checkpoint, mend, **expected):
-    """Refuse a checkpoint whose recorded fingerprints differ from the expected ones. The authors'
-    files record none; their vertex count is checked instead."""
-    for name, now in expected.items():
-        made = checkpoint["made_with"].get(name, now if "published" in checkpoint["made_with"] else None)
-        if made != now:
-            raise Problem(f"{path} was made with {name} {made}, found is {now}; {mend}")
-
-
-def trunk_fingerprint(trunk, trained=()):
-    """Of the trunk's weights, less those named in trained."""
-    state = trunk.state_dict()
-    return fingerprint(*(v for name, v in state.items() if name not in trained))

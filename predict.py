@@ -25,15 +25,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import prepare_data
 import train_head
-from common import Problem, check_least, choose_device, choose_precision, load_torch, run_script, write_whole
+from checkpoint import check_made, load_checkpoint, read_checkpoint
+from common import Problem, check_least, choose_device, choose_precision, run_script, write_whole
 from flatmap import FlatMap, outlined, save_figure
-from model import Crops, autocast, check_made, load_checkpoint
+from training import Validation
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data; not needed for IMAGES
 CHALLENGE_DIR = prepare_data.CHALLENGE_DIR  # of IMAGES: vertex masks for the authors' weights, without DATA_DIR
@@ -66,37 +66,21 @@ def choose_checkpoint(path, run_dir):
             f"{run_dir}, or name one with --checkpoint"
         )
     if not path and chosen == finetuned and head.exists():
-        mend = f"run python finetune.py --run_dir {run_dir} --overwrite true, or name one with --checkpoint"
-        newest = load_torch(head, "encoder-1", "a checkpoint of train_head.py")["fingerprint"]
-        check_made(finetuned, load_torch(finetuned, "encoder-1", mend), mend, head_fingerprint=newest)
+        made = read_checkpoint(finetuned)
+        if not made["made_with"]["CHECKPOINT"]:  # else it started from another one, whatever lies here
+            remedy = f"run python finetune.py --run_dir {run_dir} --overwrite true, or name one with --checkpoint"
+            check_made(finetuned, made, remedy, head_fingerprint=read_checkpoint(head)["fingerprint"])
     return chosen
 
 
-@torch.inference_mode()
-def predict_batch(encoder, crops, images, subjects, precision):
-    """Activity of pictures for several subjects; trunk and projections run once.
-
-    images (n, 256, 256, 3) uint8; subjects: indices, None for the group -> (n, n_vertices of the
-    common space) float32 on the CPU, one for each of the subjects.
-    """
-    device = encoder.head.embed_bias.device
-    with autocast(device, precision):
-        h = encoder.head.project(encoder.trunk(crops.whole(torch.from_numpy(images).to(device))))
-        indices = [None if s is None else torch.full((len(images),), s, device=device) for s in subjects]
-        latents = [encoder.head.encode(h, index) for index in indices]  #  (n, pca_dim) each
-    return [encoder.head.decode(z, group=s is None).cpu() for z, s in zip(latents, subjects)]
+def describe_checkpoint(path, made):
+    """Say what predicts."""
+    print(f"predicting with {path} (step {made['step']}, validation median R² {made['scores'].get('val_r2', np.nan):.4f})")
+    if not made["finished"]:
+        print(f"{path} is the best so far of a training that has not ended; the same training command continues it")
 
 
 # ---- the challenge ------------------------------------------------------------------------------
-
-
-def predict_subject(encoder, crops, images, subject, precision):
-    """Activity (n_images, n_vertices of the common space) float32 of one subject (an index).
-
-    images: (n_images, 256, 256, 3) uint8.
-    """
-    batches = (images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE))
-    return torch.cat([predict_batch(encoder, crops, batch, [subject], precision)[0] for batch in batches])
 
 
 def write_submission(folder, data, predict):
@@ -122,15 +106,16 @@ def write_submission(folder, data, predict):
 def predict_challenge(path, device, precision):
     data = prepare_data.load(DATA_DIR)
     encoder, _, made = load_checkpoint(path, device, space=data.space)
-    mend = f"point DATA_DIR ({DATA_DIR}) to the data it was trained on, or train anew"
-    check_made(path, made, mend, data_fingerprint=data.fingerprint)
-    print(f"predicting with {path} (step {made['step']}, validation median R² {made['scores'].get('val_r2', np.nan):.4f})")
-    crops = Crops(encoder.trunk, device=device)
-    write_submission(
-        Path(SUBMISSION_DIR), data, lambda images, s: predict_subject(encoder, crops, images, s, precision)
-    )
-    validation = train_head.Validation(data, data.images, "test", BATCH_SIZE)
-    scores = made["scores"] | validation(encoder, crops, precision, "test")
+    remedy = f"point DATA_DIR ({DATA_DIR}) to the data it was trained on, or train anew"
+    check_made(path, made, remedy, data_fingerprint=data.fingerprint)
+    describe_checkpoint(path, made)
+
+    def predict(images, s):
+        return encoder.predict(images, [s], batch_size=BATCH_SIZE, precision=precision)[0]
+
+    write_submission(Path(SUBMISSION_DIR), data, predict)
+    [found] = Validation(data, data.images, "test", BATCH_SIZE)([encoder], precision, "test")
+    scores = made["scores"] | found
     print(f"{'private test':12} median R²")
     for key, score in scores.items():
         if key.startswith("test_r2"):
@@ -253,11 +238,11 @@ def roi_means(activity, areas, space):
 
 def predict_pictures(path, device, precision):
     # only the authors' weights need a space from elsewhere
-    encoder, space, _ = load_checkpoint(path, device, lambda: prepare_data.find_space(DATA_DIR, CHALLENGE_DIR))
+    encoder, space, made = load_checkpoint(path, device, lambda: prepare_data.find_space(DATA_DIR, CHALLENGE_DIR))
+    describe_checkpoint(path, made)
     subjects = choose_subjects(SUBJECT, space)
     pictures, output = find_pictures(IMAGES, OUTPUT_DIR), Path(OUTPUT_DIR)
     areas = {subject: space.regions(s) for subject, s in subjects.items()}
-    crops = Crops(encoder.trunk, device=device)
     if MAPS:
         flat_map = FlatMap(space, FSAVERAGE_DIR)
         outlines = {subject: flat_map.outlines(outlined(space, OUTLINES, s)) for subject, s in subjects.items()}
@@ -269,7 +254,7 @@ def predict_pictures(path, device, precision):
             for start in range(0, len(names), BATCH_SIZE):
                 batch = names[start : start + BATCH_SIZE]
                 images = np.stack(list(pool.map(read_picture, [pictures[name] for name in batch])))
-                predictions = predict_batch(encoder, crops, images, subjects.values(), precision)
+                predictions = encoder.predict(images, subjects.values(), batch_size=BATCH_SIZE, precision=precision)
                 for i, name in enumerate(batch):
                     for (subject, s), prediction in zip(subjects.items(), predictions):
                         activity, stem = prediction[i].numpy(), output / subject / name
