@@ -13,7 +13,6 @@ activity are random at full resolution: no data is needed. Parts:
 """
 
 import gc
-import io
 import itertools
 import multiprocessing
 import os
@@ -382,10 +381,15 @@ def write_pictures(folder, n):
     return [[folder / f"{i}.png"] for i in range(n)]
 
 
+def drain(pictures):
+    for _ in pictures:
+        pass
+
+
 def part_prepare(folder):
     paths = write_pictures(Path(folder), N_PICTURES)
     cores = os.cpu_count()
-    works = {k: lambda k=k: prepare_data.write_images(io.BytesIO(), paths, k) for k in (1, cores)}
+    works = {k: lambda k=k: drain(prepare_data.decode_pictures(paths, k)) for k in (1, cores)}
     seconds = side_by_side(torch.device("cpu"), works)
     row("decode and resize on one core", f"{N_PICTURES / seconds[1]:.0f} pictures/s")
     row(f"  on {cores} cores", f"{seconds[1] / seconds[cores]:.2f}", "times that rate; wanted 1.8 at least on two")
@@ -466,7 +470,8 @@ def part_scaling(device, batch_size, folder):
         costs["batch from RAM"].append(side_by_side(device, {"": lambda: batches.prepare(next(steps))}, 20)[""])
         costs[pca_name].append(in_process(pca_ours, path, n, SCALING_PCA_DIM, device)[0][0])
         part = pictures[: int(N_PICTURES * size)]
-        costs["prepare"].append(side_by_side(torch.device("cpu"), {"": lambda: prepare_data.write_images(io.BytesIO(), part, 0)})[""])
+        works = {"": lambda: drain(prepare_data.decode_pictures(part))}
+        costs["prepare"].append(side_by_side(torch.device("cpu"), works)[""])
     for name, seconds in costs.items():
         unit = f"of {N_PICTURES} pictures" if name == "prepare" else "of the full size"
         for size, s in zip(sizes, seconds):

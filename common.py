@@ -5,10 +5,10 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,9 +19,50 @@ import numpy as np
 import timm
 import torch
 
-disk_errors = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
-)  # fmt: skip
+try:  # Windows has neither
+    import fcntl
+    import resource
+except ImportError:
+    fcntl = resource = None
+
+
+def numbers_of(names):
+    """errno's numbers, as far as the system knows the names."""
+    return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
+
+
+disk_errors = numbers_of("ENOSPC EDQUOT EFBIG EIO EACCES EPERM EROFS ENOTDIR EEXIST EISDIR")
+lock_is_held = numbers_of("EAGAIN EWOULDBLOCK EACCES EDEADLK EDEADLOCK")
+no_locks_here = numbers_of("ENOLCK ENOTSUP EOPNOTSUPP ENOSYS")
+
+# What the value of a constant has to be, wherever the name stands. Told from the value itself, an edited
+# STEPS = 5e0 would make 5.0 right and 5 wrong.
+kinds = {
+    name: kind
+    for kind, names in {
+        int: """
+            BATCH_SIZE FINETUNE_STEPS FLOAT16_STEPS IMAGE_SIZE LATENT_DIM MICRO_BATCH N_PICTURES N_TEST N_TRAIN
+            PASSES PCA_DIM REPEATS SCALING_PCA_DIM SEED STEPS VALIDATE_EVERY WARMUP_STEPS WORKERS
+        """,
+        float: """
+            ACTIVITY_LIMIT CROP_SCALE FEATURE_DROPOUT GPU_LIMIT HOST_SIZE LEARNING_RATE MAP_RANGE MAX_SIZE
+            MIN_LEARNING_RATE PCA_SIZE WEIGHT_DECAY
+        """,
+        bool: "ALLOW_UNFINISHED COMPILE FIGURES MAPS OVERWRITE PRETRAINED TRAIN_EMBEDDING",
+        str: """
+            CHALLENGE_DIR CHECKPOINT DATA_DIR DEMO_DIR DEVICE EXAMPLE_SUBJECT FSAVERAGE_DIR IMAGES LAYERS
+            NOISE_CEILING_DIR NSD_DIR OUTLINES OUTPUT_DIR PARTS PRECISION RSC_DIR RUN_DIR SPLIT SPLITS SUBJECT
+            SUBJECTS SUBMISSION SUBMISSION_DIR TEMPORARY TRUNK
+        """,
+        (int,): "N_SESSIONS",  # a tuple of whole numbers
+        (float,): "BETAS",
+    }.items()
+    for name in names.split()
+}
+kind_in_words = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text",
+    (int,): "whole numbers with commas between them", (float,): "numbers with commas between them",
+}  # fmt: skip
 
 
 class Problem(Exception):
@@ -29,12 +70,12 @@ class Problem(Exception):
 
 
 def run_script(main, namespace, many_processes=False):
-    """Run a stage from the command line: override its constants by name, then main().
+    """Run a stage from the command line: check its constants, override them by name, then main().
 
     many_processes: whether torchrun may run it.
 
     namespace: the script's globals(). A constant is an UPPER_CASE number, string, true/false or
-    tuple of numbers; the type of its value is the type that the command line must have.
+    tuple of numbers; kinds, or else the type of its value, says what it must be.
     """
     import processes  # builds on this file
 
@@ -50,30 +91,65 @@ def run_script(main, namespace, many_processes=False):
     except KeyboardInterrupt:
         print("interrupted; the same command starts again", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError as error:
-        ways = {"MICRO_BATCH": "set MICRO_BATCH below BATCH_SIZE", "BATCH_SIZE": "lower BATCH_SIZE"}
-        way = next((text for name, text in ways.items() if name in namespace), "--device cpu runs without it")
-        sys.exit(f"error: the GPU has too little memory; {way} ({str(error).splitlines()[0]})")
-    except MemoryError as error:
-        sys.exit(f"error: too little host memory ({error}); README tells what each stage needs")
-    except (OSError, RuntimeError) as error:
-        while error and getattr(error, "errno", None) not in disk_errors:
-            error = error.__context__  # torch.save turns a full disk into an error of its own
-        if not error:
+    except (MemoryError, OSError, RuntimeError) as error:
+        message = explain(error, namespace)
+        if message is None:
             raise
-        sys.exit(
-            f"error: {error.filename or 'writing'}: {error.strerror}. Free disk or choose another folder; the same "
-            "command starts again, finished files are untouched"
+        sys.exit(f"error: {message}")
+
+
+def explain(error, namespace):
+    """Memory and disk that ran out, in words; None for every other error."""
+    text = str(error).strip().partition("\n")[0]
+    ways = {"MICRO_BATCH": "set MICRO_BATCH below BATCH_SIZE", "BATCH_SIZE": "lower BATCH_SIZE"}
+    way = next((words for name, words in ways.items() if name in namespace), None)
+    gpu = r"CUDA.* out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
+    if isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and re.search(gpu, text):
+        return f"the GPU has too little memory; {way or '--device cpu runs without it'} ({text})"
+    # PyTorch's allocator on Linux and on Windows, and its mapping of files, raise no MemoryError
+    host = "can't allocate memory|not enough memory|[Cc]annot allocate memory"
+    if isinstance(error, MemoryError) or re.search(host, str(error)):
+        advice = f"{way}, or see" if way else "see"
+        return f"too little host memory; {advice} README for what each stage needs ({text or 'no more is known'})"
+    if isinstance(error, OSError) and error.errno in disk_errors:
+        return (
+            f"{error.filename or 'a file'}: {error.strerror}. Free disk or choose another folder; the same command "
+            "starts again, finished files are untouched"
         )
+    return None
 
 
 def constants(namespace):
-    """{NAME: value} of a script's UPPER_CASE constants."""
+    """{NAME: value} of a script's UPPER_CASE constants, which are of the right kind or refused."""
+    check_kinds(namespace)
     return {
         name: value
         for name, value in namespace.items()
         if re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and isinstance(value, (bool, int, float, str, tuple))
     }
+
+
+def check_kinds(namespace):
+    """Refuse what an edit made of another kind, before any work: STEPS = "6", BATCH_SIZE = 64, with its comma."""
+    for name, value in namespace.items():
+        if name in kinds and not is_kind(value, kinds[name]):
+            where = f" in {Path(namespace['__file__']).name}" if "__file__" in namespace else ""
+            raise Problem(f"{name}{where} is {value!r}, expected {kind_in_words[kinds[name]]}")
+
+
+def is_kind(value, kind):
+    if isinstance(kind, tuple):
+        return isinstance(value, tuple) and all(is_kind(part, kind[0]) for part in value)
+    if kind is float:  # a whole number is a number, too; nothing here can be infinite
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def kind_of(name, value):
+    """What the constant has to be: a type, or a tuple of one type for a tuple."""
+    if name in kinds or not isinstance(value, tuple):
+        return kinds.get(name, type(value))
+    return (int,) if is_kind(value, (int,)) else (float,)
 
 
 def override_constants(namespace, arguments):
@@ -87,7 +163,8 @@ def override_constants(namespace, arguments):
     for name, value in known.items():
         spellings = {f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}
         text = f"now {show(value)}; {about.get(name, '')}".replace("%", "%%").rstrip("; ")
-        metavar = {bool: "true|false", int: "N", float: "X", tuple: "X,X"}.get(type(value), "TEXT")
+        metavars = {bool: "true|false", int: "N", float: "X", (int,): "N,N", (float,): "X,X"}
+        metavar = metavars.get(kind_of(name, value), "TEXT")
         parser.add_argument(*sorted(spellings), dest=name, metavar=metavar, help=text)
 
     def refuse(message):
@@ -95,24 +172,32 @@ def override_constants(namespace, arguments):
         raise Problem(f"{message}\nconstants of this script: {names} (--help tells about them)")
 
     parser.error = refuse
-    for name, text in vars(parser.parse_args(arguments)).items():
+    values, strays = parser.parse_known_args(arguments)
+    if strays:
+        message = f"not understood: {' '.join(strays)}"
+        if not strays[0].startswith("-"):  # a shell turns blocks.{1,3} into blocks.1 blocks.3
+            message += '. Values with spaces, braces or wildcards need quotes, as in --layers "blocks.{1,3}"'
+        refuse(message)
+    for name, text in vars(values).items():
         if text is not None:
             namespace[name] = parse_constant(name, text, known[name])
 
 
 def parse_constant(name, text, value):
-    """text as the type of value."""
+    """text as the kind of the constant, whose value is an example of it."""
+    kind = kind_of(name, value)
     try:
-        if isinstance(value, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(value, tuple):
-            return tuple(float(part) for part in text.strip("()").split(","))
-        return type(value)(text)
+        if kind is bool:
+            parsed = {"true": True, "false": False}[text.lower()]
+        elif isinstance(kind, tuple):
+            parsed = tuple(kind[0](part) for part in text.strip("()").strip(",").split(","))
+        else:
+            parsed = kind(text)
+        if not is_kind(parsed, kind):
+            raise ValueError
+        return parsed
     except (KeyError, ValueError):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(
-            type(value), "numbers with commas between them"
-        )
-        raise Problem(f"--{name.lower()} is {text!r}, expected {kind}, such as {show(value)}")
+        raise Problem(f"--{name.lower()} is {text!r}, expected {kind_in_words[kind]}, such as {show(value)}")
 
 
 def show(value):
@@ -128,7 +213,8 @@ def constant_comments(path):
 
 
 def check_least(namespace, **least):
-    """Refuse constants below their least sensible values, NaN among them; names not there are passed over."""
+    """Refuse constants of a wrong kind or below their least sensible values; names not there are passed over."""
+    check_kinds(namespace)
     for name, limit in least.items():
         if name in namespace and not namespace[name] >= limit:
             raise Problem(f"{name} is {namespace[name]}, expected {limit} or more")
@@ -166,24 +252,137 @@ def choose_precision(name, device):
     return torch.bfloat16 if native else torch.float32
 
 
+class NamedFile:
+    """A file open for writing whose errors tell its name: numpy's and torch.save's do not, or hide the disk's.
+
+    digest: of hashlib, updated with every byte written.
+    """
+
+    def __init__(self, file, path, digest):
+        self.file, self.path, self.digest, self.error = file, path, digest, None
+
+    def write(self, data):
+        try:
+            n = self.file.write(data)
+        except OSError as error:
+            self.error = name_error(error, self.path)
+            raise
+        if self.digest:
+            self.digest.update(data)
+        return n
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def name_error(error, path):
+    if isinstance(error, OSError) and error.errno and not error.filename:
+        error.filename = str(path)
+    return error
+
+
 @contextlib.contextmanager
-def write_whole(path):
-    """A file that appears under its name complete or not at all: written aside, flushed, renamed."""
+def write_whole(path, digest=None):
+    """A file that appears under its name complete or not at all: written aside, flushed, renamed.
+
+    digest: of hashlib, updated with every byte as it is written, which must be from start to end.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
+    aside, named = path.with_name(f".{path.name}.partial"), None
     try:
         with open(aside, "wb") as file:
-            yield file
+            named = NamedFile(file, path, digest)
+            yield named
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself has to reach the disk
-        os.fsync(folder)
-        os.close(folder)
-    except BaseException:
+        flush_folder(path.parent)
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        name_error(error, path)
+        if named and named.error and error is not named.error:
+            raise named.error  # the disk's own words
         raise
+
+
+def flush_folder(folder):
+    """Make a renaming reach the disk; Windows does so by itself and opens no folders."""
+    if hasattr(os, "O_DIRECTORY"):
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(opened)
+        os.close(opened)
+
+
+folders_held = {}  # {folder: whether it is locked} of this process's sole_writer blocks
+
+
+@contextlib.contextmanager
+def sole_writer(folder, what):
+    """No other process writes to folder while the block runs: it is refused at once. Within a process blocks nest.
+
+    what: this script's name, for whoever is refused. The lock on folder/.lock is the kernel's, which frees
+    it when the process ends, by kill -9 too; the file itself means nothing. Yields whether there is a lock:
+    some shared file systems have none, where it says so and goes on. A new folder that stays empty, as the
+    work was refused, is removed again.
+    """
+    folder, path, key = Path(folder), Path(folder) / ".lock", os.path.realpath(folder)
+    if key in folders_held:
+        yield folders_held[key]
+        return
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open_locked(path)
+    except PermissionError:
+        raise Problem(f"{folder} cannot be written to; choose another folder or change its rights")
+    with file or contextlib.nullcontext():
+        if file is None:
+            print(f"{folder} is on a file system without locks: see to it that nothing else writes there meanwhile")
+        else:
+            with contextlib.suppress(OSError):  # a full disk is told by what comes
+                file.truncate(0)
+                os.write(file.fileno(), f"{what}, process {os.getpid()} on {platform.node()}\n".encode())
+        folders_held[key] = file is not None
+        try:
+            yield folders_held[key]
+        finally:
+            del folders_held[key]
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                if is_new and {found.name for found in folder.iterdir()} <= {path.name}:
+                    path.unlink(missing_ok=True)
+                    folder.rmdir()
+
+
+def open_locked(path):
+    """The file, open and locked until it is closed; None where there are no locks."""
+    while True:
+        file = open(path, "a+b", buffering=0)
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                os.lseek(file.fileno(), 1 << 30, os.SEEK_SET)  # away from the text, which stays readable
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+            file.close()  # removed by the process before, with the folder that it had made
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ImportError) as error:
+            os.lseek(file.fileno(), 0, os.SEEK_SET)
+            other = os.read(file.fileno(), 200).decode(errors="replace").strip()
+            file.close()
+            number = getattr(error, "errno", None)
+            if number in no_locks_here or isinstance(error, ImportError):
+                return None
+            if number not in lock_is_held:
+                raise
+            raise Problem(
+                f"{path.parent} is being written to by {other or 'another process'}: wait until it ends, end it, or "
+                "choose another folder"
+            )
 
 
 def check_disk(folder, n_bytes):
@@ -213,29 +412,47 @@ def read_torch(path, what):
     try:
         with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except MemoryError:
+        raise
     except Exception as error:
         raise Problem(f"{path} cannot be read ({' '.join(str(error).split())[:200]}), expected {what}")
     return content if isinstance(content, dict) else {"format": type(content).__name__}
 
 
 def check_format(content, path, kind, what):
-    if content.get("format") != kind:
-        raise Problem(f"{path} has format {content.get('format')}, expected {kind}: {what}")
+    found = str(content.get("format"))
+    if found != kind:
+        before = " of an earlier version" if found.partition("-")[0] == kind.partition("-")[0] and found < kind else ""
+        raise Problem(f"{path} has format {found}{before}, expected {kind}: {what}")
     return content
 
 
 def fingerprint(*items):
-    """16 hex digits of SHA-256 over arrays, tensors, strings and numbers."""
+    """16 hex digits of SHA-256 over arrays, tensors, bytes, strings, numbers, and lists or dicts of the latter.
+
+    Every item goes in behind its type and length, so that no two lists of items give the same bytes.
+    """
     digest = hashlib.sha256()
     for item in items:
         if isinstance(item, torch.Tensor):
-            item = item.detach().cpu().contiguous().view(torch.uint8).numpy() if item.ndim else str(item.item())
-        if isinstance(item, np.ndarray):
-            digest.update(str((item.dtype, item.shape)).encode())
-            digest.update(np.ascontiguousarray(item).data)
+            kind, item = f"{item.dtype} {tuple(item.shape)}", item.detach().cpu().contiguous()
+            content = item.reshape(-1).view(torch.uint8).numpy().data
+        elif isinstance(item, np.ndarray):
+            kind = f"array {item.dtype.str} {item.shape}"
+            content = np.ascontiguousarray(item).reshape(-1).view(np.uint8).data
+        elif isinstance(item, bytes):
+            kind, content = "bytes", item
         else:
-            digest.update(repr(item).encode())
+            kind, content = type(item).__name__, repr(item).encode()
+        for part in (kind.encode(), content):
+            digest.update(len(part).to_bytes(8, "big"))
+            digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def differences(before, now):
+    """Lines "NAME: … there, … now" for what differs between two dicts of constants or other inputs."""
+    return [f"{k}: {before.get(k)} there, {now.get(k)} now" for k in before | now if before.get(k) != now.get(k)]
 
 
 def versions():
@@ -251,7 +468,7 @@ def versions():
 
 
 def peak_memory():
-    text = f"{peak_resident():.1f} GB"
+    text = f"{peak_resident():.1f} GB" if resource else "not known on this system"
     if torch.cuda.is_available():
         text += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     return text

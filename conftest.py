@@ -4,6 +4,8 @@ first test asks for it, and plain helpers. No network, no GPU."""
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
+# before torch is: small operations on many threads wait for the slowest, on a busy machine most of the time
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 import io

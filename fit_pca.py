@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import prepare_data
 from common import (
-    Problem, check_disk, check_least, choose_device, constants, fingerprint, load_torch, run_script, versions,
-    write_whole,
+    Problem, check_disk, check_least, choose_device, constants, differences, fingerprint, load_torch, run_script,
+    sole_writer, versions, write_whole,
 )  # fmt: skip
 from scores import median_r2, r2_score
 
@@ -35,6 +35,7 @@ DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE = False  # fit again although pca.pt is there
 
 chunk_rows = 1024  # samples in memory at a time: 0.16 GB in float32 at full size
+decisive = ("PCA_DIM", "PASSES", "SEED")  # the constants that change the result
 
 
 @dataclasses.dataclass
@@ -181,52 +182,68 @@ def narrow(latents):
 
 def load(folder, data):
     """DATA_DIR/pca.pt -> PCA; refused if it was fitted to other data."""
-    path = Path(folder) / "pca.pt"
-    mend = f"python fit_pca.py --data_dir {folder}"
-    content = load_torch(path, "pca-1", f"what fit_pca.py writes: run {mend}")
+    content = load_content(folder)
     if content["data_fingerprint"] != data.fingerprint:
         raise Problem(
-            f"{path} was fitted to data {content['data_fingerprint']}, {folder} holds {data.fingerprint}; "
-            f"run {mend} --overwrite true"
+            f"{Path(folder) / 'pca.pt'} was fitted to data {content['data_fingerprint']}, {folder} holds "
+            f"{data.fingerprint}; run python fit_pca.py --data_dir {folder} --overwrite true"
         )
     return PCA(**{field.name: content[field.name] for field in dataclasses.fields(PCA)})
+
+
+def load_content(folder):
+    """The dict in pca.pt."""
+    path, command = Path(folder) / "pca.pt", f"python fit_pca.py --data_dir {folder}"
+    what = f"what fit_pca.py writes: run {command}" + " --overwrite true" * path.exists()
+    return load_torch(path, "pca-2", what)
+
+
+def is_fitted(data):
+    """Whether pca.pt is what would be made; says so. Refuses another one, unless it is to be overwritten."""
+    path = Path(DATA_DIR) / "pca.pt"
+    if OVERWRITE or not path.exists():
+        return False
+    content = load_content(DATA_DIR)
+    now = {name: globals()[name] for name in decisive} | {"data": data.fingerprint}
+    changed = differences({k: content["made_with"][k] for k in decisive} | {"data": content["data_fingerprint"]}, now)
+    if changed:
+        raise Problem(f"{path} was fitted with {'; '.join(changed)}. --overwrite true fits it anew")
+    print(f"{path} is there already for these data and constants; --overwrite true fits it anew")
+    return True
 
 
 def main():
     check_least(globals(), SEED=0, PASSES=1)
     device = choose_device(DEVICE)
     data = prepare_data.load(DATA_DIR)
-    path = Path(DATA_DIR) / "pca.pt"
-    inputs = fingerprint(data.fingerprint, PCA_DIM, PASSES, SEED)
-    if path.exists() and not OVERWRITE:
-        done = load_torch(path, "pca-1", "what fit_pca.py writes")
-        if done["inputs"] != inputs:
-            raise Problem(
-                f"{path} was fitted to data {done['data_fingerprint']} with {done['made_with']}, now asked for: data "
-                f"{data.fingerprint} with {constants(globals())}; --overwrite true fits it anew"
-            )
-        print(f"{path} is there already for these data and constants; --overwrite true fits it anew")
+    if is_fitted(data):
         return
-    rows = data.samples("train")
-    most = min(len(rows), data.space.n_vertices)
+    n_train = len(data.samples("train"))
+    most = min(n_train, data.space.n_vertices)
     if not 1 <= PCA_DIM <= most:
         raise Problem(
-            f"PCA_DIM is {PCA_DIM}, expected 1 to {most}, the smaller of {len(rows)} training samples and "
-            f"{data.space.n_vertices} vertices; --pca_dim {min(most, max(1, most // 2))}, for example"
+            f"PCA_DIM is {PCA_DIM}, expected 1 to {most}, the smaller of {n_train} training samples and "
+            f"{data.space.n_vertices} vertices; --pca_dim {max(1, most // 2)}, for example"
         )
+    with sole_writer(DATA_DIR, "fit_pca.py"):
+        if not is_fitted(data):  # by another process in the meantime
+            fit_and_write(data, device)
+
+
+def fit_and_write(data, device):
+    path, rows = Path(DATA_DIR) / "pca.pt", data.samples("train")
     check_disk(DATA_DIR, 4 * PCA_DIM * (data.space.n_vertices + len(data.subject)))
     activity = Activity(data, rows, device)
     components, total_variance = fit(activity, PCA_DIM, PASSES, SEED)
     activity.kept = None
-    everything = Activity(data, np.arange(len(data.subject)), device)
-    everything.kept, everything.mean = None, activity.mean
-    latents, residual = project(everything, components)
+    all_samples = Activity(data, np.arange(len(data.subject)), device)
+    all_samples.kept, all_samples.mean = None, activity.mean
+    latents, residual = project(all_samples, components)
     variance = latents[torch.from_numpy(rows)].double().var(0)
     content = {
-        "format": "pca-1",
+        "format": "pca-2",
         "made_with": constants(globals()),
         "versions": versions(),
-        "inputs": inputs,
         "data_fingerprint": data.fingerprint,
         "components": components.cpu(),
         "mean": activity.mean.cpu(),

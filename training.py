@@ -12,6 +12,7 @@ The loss is the mean squared error over all vertices, computed in PCA space (fit
 gradients, no decoder in the step.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -32,7 +33,8 @@ from tqdm import tqdm
 import processes
 from checkpoint import mark_finished, read_checkpoint, save_checkpoint, trunk_fingerprint
 from common import (
-    Problem, check_disk, check_least, choose_device, choose_precision, load_torch, versions, write_whole,
+    Problem, check_disk, check_least, choose_device, choose_precision, load_torch, sole_writer, versions,
+    write_whole,
 )  # fmt: skip
 from model import Crops, autocast, feature_latents, random_boxes, smallest_crop
 from scores import median_r2, r2_score
@@ -376,6 +378,10 @@ class Training:
 
     def run(self):
         """Train to the end, from where an earlier run with the same inputs stopped."""
+        with sole_writer(self.run_dir, f"{self.stage}.py") if processes.is_first() else contextlib.nullcontext():
+            self.train()
+
+    def train(self):
         if not self.resume():
             return
         s, step = self.settings, max(learner.progress.step for learner in self.learners)
