@@ -1,5 +1,7 @@
 """Killed, damaged, mixed up, out of disk: what a user can run into."""
 
+import inspect
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -48,6 +50,24 @@ Image.open = mortal
 """
 
 
+def signalled(number):
+    """AdamW.step that sends this process the signal at step 3: in the middle of the run."""
+    steps, step = 0, torch.optim.AdamW.step
+
+    def count(*arguments, **options):
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            os.kill(os.getpid(), number)
+        return step(*arguments, **options)
+
+    return count
+
+
+terminated_at_step_3 = f"import os, signal, torch\n{inspect.getsource(signalled)}\n"
+terminated_at_step_3 += "torch.optim.AdamW.step = signalled(signal.SIGTERM)"
+
+
 def contents(folder):
     """What a stage left, loaded: npy arrays and torch dicts, by file name."""
     return {p.name: np.load(p) if p.suffix == ".npy" else torch.load(p) for p in sorted(folder.glob("[!.]*"))}
@@ -67,7 +87,7 @@ def test_preparation_and_pca_survive_kills(pair, tmp_path, capsys):
         assert finish(start(*prepare, before=trap))[0] == -signal.SIGKILL
         with pytest.raises(Problem, match="not completely. prepared"):
             prepare_data.load(tmp_path / "killed")
-    assert finish(start(*prepare))[0] == 0
+    run(prepare_data, CHALLENGE_DIR=str(pair), DATA_DIR=str(tmp_path / "killed"))
     assert finish(start(*fit, before=dies_while_saving.format(n=1)))[0] == -signal.SIGKILL
     with pytest.raises(Problem, match="pca.pt not found"):
         fit_pca.load(tmp_path / "killed", prepare_data.load(tmp_path / "killed"))
@@ -88,23 +108,15 @@ def test_training_continues_bit_for_bit(fitted, tmp_path, capsys):
     command = ("train_head.py", "--run_dir", killed, *options)
     for n in (1, 2, 3):
         assert finish(start(*command, before=dies_while_saving.format(n=n)))[0] == -signal.SIGKILL
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # a step that waits for the signal makes sure that it comes in the middle of the run
-        wait = f"""
-import os, signal, time, torch
-steps, step = 0, torch.optim.AdamW.step
-def signalled(*arguments, **options):
-    global steps
-    steps += 1
-    if steps == 3:
-        os.kill(os.getpid(), {int(number)})
-    return step(*arguments, **options)
-torch.optim.AdamW.step = signalled
-"""
-        code, _, errors = finish(start(*command, before=wait))
-        assert code == 128 + number and f"stopped by {number.name} after step" in errors
-    code, out, _ = finish(start(*command))
-    assert code == 0 and "continuing after step" in out
+    code, _, errors = finish(start(*command, before=terminated_at_step_3))
+    assert code == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in errors
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(torch.optim.AdamW, "step", signalled(signal.SIGINT))
+        run(train_head, **settings, RUN_DIR=str(killed))
+    assert end.value.code == 128 + signal.SIGINT and "stopped by SIGINT after step" in capsys.readouterr().err
+    run(train_head, **settings, RUN_DIR=str(killed))
+    assert "continuing after step" in capsys.readouterr().out
     assert (killed / "train_head.jsonl").read_bytes() == (left_alone / "train_head.jsonl").read_bytes()
     assert_equal(torch.load(left_alone / "head.pt"), torch.load(killed / "head.pt"))
     before = (killed / "head.pt").stat().st_mtime_ns

@@ -13,7 +13,7 @@ import flatmap
 import predict
 import prepare_data
 from common import Problem
-from conftest import cut, finish, hemis, png_claiming, run, start
+from conftest import cut, hemis, png_claiming, run
 
 
 def test_figures(phase_2, challenge, fitted, tmp_path):
@@ -42,7 +42,7 @@ def test_flat_maps_show_values_where_the_vertices_are(fitted):
     assert np.isnan(flat.image(np.full(space.n_vertices, np.nan))).all()
 
 
-def test_own_pictures(submission, subjects, fitted, tmp_path):
+def test_own_pictures(submission, subjects, fitted, tmp_path, capsys):
     """The challenge's test pictures as own pictures: the submission's predictions, for any mode and shape,
     without the prepared data."""
     checkpoint, pictures = tmp_path / "only.pt", tmp_path / "pictures"
@@ -62,11 +62,11 @@ def test_own_pictures(submission, subjects, fitted, tmp_path):
             picture.save(pictures / f"{i}.{('png', 'bmp', 'webp')[i % 3]}", **{"lossless": True} if i % 3 == 2 else {})
     (pictures / "notes.txt").write_text("no picture")
     output = tmp_path / "out"
-    code, out, _ = finish(start(
-        "predict.py", "--checkpoint", checkpoint, "--images", pictures, "--subject", "subj06,group", "--output_dir", output,
-        "--data_dir", tmp_path / "none", "--precision", "float32",
-    ))  # fmt: skip
-    assert code == 0 and "centre-cropped to a square: 1 of" in out and "left out 1 files" in out
+    capsys.readouterr()
+    run(predict, CHECKPOINT=str(checkpoint), IMAGES=str(pictures), SUBJECT="subj06,group", OUTPUT_DIR=str(output),
+        DATA_DIR=str(tmp_path / "none"), PRECISION="float32")  # fmt: skip
+    out = capsys.readouterr().out
+    assert "centre-cropped to a square: 1 of" in out and "left out 1 files" in out
     n = len(subjects["subj06"].test_pictures)
     index = np.concatenate([np.flatnonzero(subjects["subj06"].mask[h]) for h in hemis[:1]])
     expected = np.load(submission / "subj06/lh_pred_test.npy")
