@@ -54,6 +54,11 @@ def joined(wanted=True):
     if not launched():
         yield
         return
+    if not wanted:
+        name = os.path.basename(sys.argv[0])
+        if os.environ["RANK"] != "0":
+            sys.exit(1)
+        raise Problem(f"{name} runs in one process, not under torchrun: python {name}")
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -63,9 +68,6 @@ def joined(wanted=True):
             backend, store=dist.PrefixStore(attempt, store), rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
         )  # fmt: skip
-        if not wanted:
-            name = os.path.basename(sys.argv[0])
-            raise Problem(f"{name} runs in one process, not under torchrun: python {name}")
         if not is_first():
             silence = contextlib.redirect_stdout(open(os.devnull, "w"))
         with silence:

@@ -420,6 +420,7 @@ class Training:
                         self.save(step)
                     if processes.is_first():
                         tqdm.write(stop.message(step), file=sys.stderr)
+                    processes.barrier()  # torchrun kills the others soon after the first has gone
                     raise SystemExit(128 + stop.signal)
         self.conclude()
 
@@ -583,7 +584,7 @@ def standing_out(scores, subjects):
         return ""
     middle = np.median(known)
     worst = int(np.nanargmax(losses))
-    if losses[worst] < middle + max(5 * np.median(np.abs(known - middle)), 0.2 * middle):
+    if losses[worst] < middle + max(5 * np.median(np.abs(known - middle)), 0.5 * middle):
         return ""
     return f"; {subjects[worst]} stands out with val loss {losses[worst]:.5f}, the subjects' median is {middle:.5f}"
 
@@ -608,9 +609,10 @@ def find_state(path, learners, overwrite):
 
 
 def is_trained(path):
-    """Whether a trained checkpoint lies there, or something that this version does not read."""
+    """Whether the checkpoint of a training lies there, or something that this version does not read."""
     try:
-        return path.exists() and read_checkpoint(path)["step"] > 0
+        made = path.exists() and read_checkpoint(path)
+        return bool(made) and (made["step"] > 0 or made["finished"])
     except Problem:
         return True
 
