@@ -64,6 +64,14 @@ def new_head(trunk, settings, data, pca):
     return head
 
 
+def new_learner(trunk, settings, name, data, pca, device, precision):
+    """A new head on this trunk, ready to be trained. settings: this script's constants; the trunk has their
+    LAYERS and perhaps more; name: of the checkpoint."""
+    encoder = Encoder(trunk, new_head(trunk, SimpleNamespace(**settings), data, pca), settings["LAYERS"])
+    made_from = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
+    return training.Learner(encoder, settings, name, made_from, device, precision)
+
+
 def main():
     settings = constants(globals())
     training.check_settings(settings)
@@ -72,9 +80,7 @@ def main():
     device = choose_device(DEVICE)
     precision = choose_precision(PRECISION, device)
     trunk = Trunk(TRUNK, LAYERS, image_size=IMAGE_SIZE, pretrained=PRETRAINED, seed=SEED)
-    encoder = Encoder(trunk, new_head(trunk, SimpleNamespace(**settings), data, pca))
-    made_from = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
-    learner = training.Learner(encoder, settings, "head.pt", made_from, device, precision)
+    learner = new_learner(trunk, settings, "head.pt", data, pca, device, precision)
     training.Training("train_head", [learner], data, pca, settings).run()
 
 

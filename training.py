@@ -363,10 +363,12 @@ class Training:
     """The learners of one run on one trunk, and what they share.
 
     stage: name of the state file in RUN_DIR. settings: the stage's constants, those shared by all learners.
+    tolerant: a learner whose loss is not finite is marked failed and told by the caller, as is the end; else it
+    ends the run.
     """
 
-    def __init__(self, stage, learners, data, pca, settings):
-        self.stage, self.learners, self.data, self.pca = stage, learners, data, pca
+    def __init__(self, stage, learners, data, pca, settings, tolerant=False):
+        self.stage, self.learners, self.data, self.pca, self.tolerant = stage, learners, data, pca, tolerant
         self.settings = s = SimpleNamespace(**settings)
         self.run_dir = Path(s.RUN_DIR)
         self.state_path = self.run_dir / f"{stage}.state.pt"
@@ -374,7 +376,7 @@ class Training:
         self.trunk = self.encoders[0].trunk
         self.device, self.precision = self.encoders[0].head.embed_bias.device, learners[0].precision
         self.steps = max(learner.settings.STEPS for learner in learners)
-        self.saved_at = -1
+        self.saved_at, self.stop = -1, StopRequest()
 
     def run(self):
         """Train to the end, from where an earlier run with the same inputs stopped."""
@@ -395,13 +397,13 @@ class Training:
         batches = Batches(self.data, self.pca, images, s, self.device, vertex_space)
         crops = Crops(self.trunk, smallest_crop(s.CROP_SCALE), device=self.device)
         self.validation = Validation(self.data, images, "val", s.MICRO_BATCH or s.BATCH_SIZE)
-        validate_every = s.VALIDATE_EVERY or math.ceil(len(batches.rows) / s.BATCH_SIZE)
+        self.validate_every = s.VALIDATE_EVERY or math.ceil(len(batches.rows) / s.BATCH_SIZE)
         self.describe(len(batches.rows))
         if not any(learner.progress.log for learner in self.learners):
             self.check_disk()
             self.validate(0)
         self.meter = Meter(self.stage, step, self.steps)
-        with StopRequest() as stop, self.meter:
+        with self.stop, self.meter:
             for step, batch in batches(step, self.steps):
                 active = [learner for learner in self.learners if learner.active(step)]
                 if not active:
@@ -411,17 +413,16 @@ class Training:
                 self.meter.update(len(batch["subject"]))
                 if step % 10 == 0 or step == self.steps:  # reading the loss waits for the GPU
                     self.check_losses(active, step)
-                ended = any(learner.settings.STEPS == step for learner in active)
-                if step % validate_every == 0 or ended:
+                if any(self.is_due(learner, step) for learner in active):
                     self.validate(step)
-                stop.agree()
-                if stop.signal and step < self.steps:
+                self.stop.agree()
+                if self.stop.signal and step < self.steps:
                     if self.saved_at != step:
                         self.save(step)
                     if processes.is_first():
-                        tqdm.write(stop.message(step), file=sys.stderr)
+                        tqdm.write(self.stop.message(step), file=sys.stderr)
                     processes.barrier()  # torchrun kills the others soon after the first has gone
-                    raise SystemExit(128 + stop.signal)
+                    raise SystemExit(128 + self.stop.signal)
         self.conclude()
 
     def describe(self, n_samples):
@@ -449,9 +450,15 @@ class Training:
         if processes.is_first():
             check_disk(self.run_dir, need)
 
+    def is_due(self, learner, step):
+        """Whether a learner is scored after this step, which does not depend on the others."""
+        progress = learner.progress
+        now = step % self.validate_every == 0 or step == learner.settings.STEPS
+        return now and not progress.failed and progress.step == step
+
     def validate(self, step):
-        """Score every learner that came to this step, keep those that are better than before, save."""
-        current = [learner for learner in self.learners if not learner.progress.failed and learner.progress.step == step]
+        """Score every learner that is due, keep those that are better than before, save."""
+        current = [learner for learner in self.learners if self.is_due(learner, step)]
         found = self.validation([learner.encoder for learner in current], self.precision, "val") if current else []
         for learner, scores in zip(current, found):
             progress = learner.progress
@@ -496,7 +503,7 @@ class Training:
 
     def fail(self, learner, step):
         problem = not_finite(step, learner.output)
-        if len(self.learners) == 1:
+        if not self.tolerant:
             raise problem
         learner.progress.failed = str(problem)
         tqdm.write(f"{learner.output}: {problem}; the other heads go on", file=sys.stdout)
@@ -522,8 +529,9 @@ class Training:
         if all(s["progress"]["step"] == l.settings.STEPS or s["progress"]["failed"] for s, l in zip(states, self.learners)):
             for learner, state in zip(self.learners, states):
                 learner.progress = Progress(**state["progress"])
-            names = ", ".join(str(learner.output) for learner in self.learners)
-            print(f"{names} is finished with these inputs; --overwrite true trains it anew")
+            if not self.tolerant:
+                names = ", ".join(str(learner.output) for learner in self.learners)
+                print(f"{names} is finished with these inputs; --overwrite true trains it anew")
             return False
         for learner, state in zip(self.learners, states):
             learner.restore(state)
@@ -533,9 +541,7 @@ class Training:
 
     def conclude(self):
         processes.barrier()
-        for learner in self.learners:
-            if learner.progress.failed:
-                continue
+        for learner in [] if self.tolerant else self.learners:
             chosen = max(learner.progress.log, key=lambda entry: entry["val_r2"])
             print(f"best at step {chosen['step']}: val median R² {chosen['val_r2']:.4f}")
             if not chosen["val_r2"] > 0:
