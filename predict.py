@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import prepare_data
 import train_head
-from checkpoint import check_made, load_checkpoint, read_checkpoint
+from checkpoint import check_made, check_scorable, load_checkpoint, read_checkpoint
 from common import Problem, check_least, choose_device, choose_precision, run_script, write_whole
 from flatmap import FlatMap, outlined, save_figure
 from training import Validation
@@ -114,6 +114,11 @@ def predict_challenge(path, device, precision):
         return encoder.predict(images, [s], batch_size=BATCH_SIZE, precision=precision)[0]
 
     write_submission(Path(SUBMISSION_DIR), data, predict)
+    try:
+        check_scorable(path, made, data, "test")
+    except Problem as problem:
+        print(f"no private test scores: {problem}")
+        return
     [found] = Validation(data, data.images, "test", BATCH_SIZE)([encoder], precision, "test")
     scores = made["scores"] | found
     print(f"{'private test':12} median R²")
