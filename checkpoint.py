@@ -155,6 +155,17 @@ def check_made(path, checkpoint, mend, **expected):
             raise Problem(f"{path} was made with {name} {made}, found is {now}; {mend}")
 
 
+def check_scorable(path, checkpoint, data, split):
+    """Refuse to score the authors' published weights on splits that are not theirs: 85 % of these validation and
+    private test samples were in their training. The challenge's own test pictures were in nobody's."""
+    if split != "challenge" and "published" in checkpoint["made_with"] and data.splits != "authors":
+        raise Problem(
+            f"{path} holds the authors' weights, which were trained on most of these {split} pictures: a score on them "
+            "means nothing. Prepare the data with their splits (python prepare_data.py --splits authors, into another "
+            "DATA_DIR), or score on challenge"
+        )
+
+
 def trunk_fingerprint(state, trained=()):
     """Of the trunk's weights {name: tensor}, less those named in trained."""
     return fingerprint(*(v for name, v in state.items() if name not in trained))

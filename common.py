@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from tqdm import tqdm
 
 try:  # Windows has neither
     import fcntl
@@ -30,6 +31,8 @@ def numbers_of(names):
     """errno's numbers, as far as the system knows the names."""
     return {getattr(errno, name) for name in names.split() if hasattr(errno, name)}
 
+
+seconds_between_lines = 30.0  # of progress where output is no terminal
 
 disk_errors = numbers_of("ENOSPC EDQUOT EFBIG EIO EACCES EPERM EROFS ENOTDIR EEXIST EISDIR")
 lock_is_held = numbers_of("EAGAIN EWOULDBLOCK EACCES EDEADLK EDEADLOCK")
@@ -80,6 +83,8 @@ def run_script(main, namespace, many_processes=False):
     import processes  # builds on this file
 
     start = time.perf_counter()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # a job's log is read while the job runs
     try:
         with processes.joined(many_processes):
             override_constants(namespace, sys.argv[1:])
@@ -383,6 +388,62 @@ def open_locked(path):
                 f"{path.parent} is being written to by {other or 'another process'}: wait until it ends, end it, or "
                 "choose another folder"
             )
+
+
+class PlainProgress:
+    """What progress() gives where output is no terminal: used like tqdm, it prints a line every 30 s at most."""
+
+    def __init__(self, iterable=None, desc="", total=None, *, unit="it", unit_scale=False, initial=0, disable=False,
+                 file=None, clock=time.monotonic):  # fmt: skip
+        self.iterable, self.n, self.file, self.clock, self.disable = iterable, initial, file, clock, disable
+        total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self.meter = dict(total=total, prefix=desc, unit=unit, unit_scale=unit_scale, initial=initial)
+        self.meter["bar_format"] = "{desc}: {n_fmt} of {total_fmt} ({unit}), {rate_fmt}, {remaining} left{postfix}"
+        self.start = self.told = clock()
+        self.n_told, self.postfix = initial, ""
+
+    def update(self, n=1):
+        self.n += n
+        if self.clock() - self.told >= seconds_between_lines:
+            self.tell()
+
+    def tell(self):
+        self.told, self.n_told = self.clock(), self.n
+        if not self.disable:
+            line = tqdm.format_meter(self.n, elapsed=self.told - self.start, postfix=self.postfix, **self.meter)
+            print(line, file=self.file, flush=True)
+
+    def set_postfix_str(self, text=""):
+        self.postfix = text
+
+    def close(self):
+        """Work that took more than one line says how it ended."""
+        if self.told > self.start and self.n > self.n_told:
+            self.tell()
+
+    def __iter__(self):
+        for item in self.iterable:
+            yield item
+            self.update()
+        self.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def progress(iterable=None, desc="", total=None, *, file=None, **options):
+    """tqdm's bar on a terminal, plain lines elsewhere, such as in a cluster's log. Arguments are tqdm's."""
+    file = file or sys.stderr
+    kind = tqdm if file.isatty() else PlainProgress
+    return kind(iterable, desc, total, file=file, **options)
+
+
+def say(text, file=None):
+    """Print a line above a bar that may be shown."""
+    tqdm.write(text, file=file or sys.stdout)
 
 
 def check_disk(folder, n_bytes):

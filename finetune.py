@@ -12,7 +12,7 @@ import fit_pca
 import prepare_data
 import train_head
 import training
-from checkpoint import check_made, load_checkpoint
+from checkpoint import check_made, check_scorable, load_checkpoint
 from common import Problem, choose_device, choose_precision, constants, run_script
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data and PCA
@@ -52,6 +52,7 @@ def main():
     made_from = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
     remedy = f"python train_head.py --data_dir {DATA_DIR} --run_dir {RUN_DIR} --overwrite true trains a new one"
     check_made(path, made, remedy, **made_from)
+    check_scorable(path, made, data, "val")  # validation chooses the checkpoint
     if not made["finished"] and not ALLOW_UNFINISHED:
         raise Problem(
             f"{path} is the best so far of a training that has not ended (step {made['step']} of "

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import prepare_data
 from common import (
-    Problem, check_disk, check_least, choose_device, constants, differences, fingerprint, load_torch, run_script,
+    Problem, check_disk, check_least, choose_device, constants, differences, fingerprint, load_torch, progress, run_script,
     sole_writer, versions, write_whole,
 )  # fmt: skip
 from scores import median_r2, r2_score
@@ -74,7 +73,7 @@ class Activity:
         """
         starts = range(0, len(self), chunk_rows)
         memory = torch.empty(min(chunk_rows, len(self)), len(self.mean), device=self.device)
-        with tqdm(total=len(self), desc=what, unit="row", unit_scale=True) as bar, ThreadPoolExecutor(1) as pool:
+        with progress(total=len(self), desc=what, unit="row", unit_scale=True) as bar, ThreadPoolExecutor(1) as pool:
             coming = pool.submit(self.read, 0)
             for start in starts:
                 chunk = coming.result()

@@ -26,12 +26,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 import prepare_data
 import train_head
-from checkpoint import check_made, load_checkpoint, read_checkpoint
-from common import Problem, check_least, choose_device, choose_precision, run_script, write_whole
+from checkpoint import check_made, check_scorable, load_checkpoint, read_checkpoint
+from common import Problem, check_least, choose_device, choose_precision, progress, run_script, write_whole
 from flatmap import FlatMap, outlined, save_figure
 from training import Validation
 
@@ -86,7 +85,7 @@ def describe_checkpoint(path, made):
 def write_submission(folder, data, predict):
     """predict: (images, subject index) -> (n_images, n_vertices) in the common space."""
     files = []
-    for s, subject in enumerate(tqdm(data.space.subjects, desc="predicting", unit="subject")):
+    for s, subject in enumerate(progress(data.space.subjects, desc="predicting", unit="subject")):
         images = data.images[data.test_image[data.test_subject == s]]
         if not len(images):
             print(f"{subject}: no test pictures in the challenge folder, no prediction")
@@ -114,6 +113,11 @@ def predict_challenge(path, device, precision):
         return encoder.predict(images, [s], batch_size=BATCH_SIZE, precision=precision)[0]
 
     write_submission(Path(SUBMISSION_DIR), data, predict)
+    try:
+        check_scorable(path, made, data, "test")
+    except Problem as problem:
+        print(f"no private test scores: {problem}")
+        return
     [found] = Validation(data, data.images, "test", BATCH_SIZE)([encoder], precision, "test")
     scores = made["scores"] | found
     print(f"{'private test':12} median R²")
@@ -186,7 +190,7 @@ def check_pictures(pictures, pool):
 
     Image.init()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # largest_picture decides
-    bar = tqdm(pool.map(look, pictures.values()), "checking", len(pictures), unit="picture")
+    bar = progress(pool.map(look, pictures.values()), "checking", len(pictures), unit="picture")
     found = dict(zip(pictures, bar))
     findings = prepare_data.Findings(fault for fault in found.values() if isinstance(fault, str))
     findings.refuse("pictures that cannot be read; mend or remove them, nothing was written")
@@ -249,7 +253,7 @@ def predict_pictures(path, device, precision):
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         check_pictures(pictures, pool)
         names = list(pictures)
-        with write_whole(output / "rois.csv") as file, tqdm(total=len(names), desc="predicting", unit="picture") as bar:
+        with write_whole(output / "rois.csv") as file, progress(total=len(names), desc="predicting", unit="picture") as bar:
             file.write(csv_bytes([("picture", "subject", "roi_group", "roi", "both", "lh", "rh")]))
             for start in range(0, len(names), BATCH_SIZE):
                 batch = names[start : start + BATCH_SIZE]

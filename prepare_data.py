@@ -24,11 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from common import (
-    Problem, check_disk, check_least, constants, differences, fingerprint, load_torch, run_script, sole_writer,
-    versions, write_whole,
+    Problem, check_disk, check_least, constants, differences, fingerprint, load_torch, progress, run_script, say,
+    sole_writer, versions, write_whole,
 )  # fmt: skip
 from model import Space, picture_size
 
@@ -313,7 +312,7 @@ def scan_activity(subjects, findings):
     """
     worst, fingerprints = 0.0, {}
     n_rows = sum(len(s.pictures) for s in subjects) * len(hemis)
-    with tqdm(total=n_rows, desc="checking activity", unit="row", unit_scale=True) as bar:
+    with progress(total=n_rows, desc="checking activity", unit="row", unit_scale=True) as bar:
         for subject in subjects:
             for hemi, path in subject.activity.items():
                 n, n_bad, digest = 0, 0, hashlib.blake2b()
@@ -358,7 +357,7 @@ def check_scale(whose, path, n_pictures, mean, deviation):
         columns = [*np.flatnonzero(vertices)]
         if columns:
             some = ", ".join(map(str, columns[:5])) + " …" * (len(columns) > 5)
-            tqdm.write(f"{whose}: {len(columns)} vertices {text} (columns {some})")
+            say(f"{whose}: {len(columns)} vertices {text} (columns {some})")
 
     center, spread = np.median(np.abs(mean)), np.median(deviation)  # of single vertices some may be odd
     found = f"mean {center:.3g} away from 0, deviation {spread:.3g} (medians over vertices)"
@@ -366,7 +365,7 @@ def check_scale(whose, path, n_pictures, mean, deviation):
     if not (center <= ACTIVITY_LIMIT and 1 / ACTIVITY_LIMIT <= spread <= ACTIVITY_LIMIT):
         raise Problem(f"{path}: {found}, {expected}; z-score it, or raise ACTIVITY_LIMIT ({ACTIVITY_LIMIT:g})")
     if center > usual_mean + n_pictures**-0.5 or not usual_deviation[0] <= spread <= usual_deviation[1]:
-        tqdm.write(f"{whose}: {found}, {expected}")
+        say(f"{whose}: {found}, {expected}")
     tell("are constant, which nothing predicts", deviation == 0)
     is_odd = (np.abs(mean) > ACTIVITY_LIMIT) | (deviation > ACTIVITY_LIMIT)
     tell(f"have a mean or deviation above {ACTIVITY_LIMIT:g}", is_odd)
@@ -443,7 +442,7 @@ def split_as_authors(name, n):
 def common_activity(subjects, space, dtype):
     """Blocks (n, n_vertices) of activity.npy: rows subject by subject, columns in the common space, missing zero."""
     n_rows = sum(len(s.pictures) for s in subjects)
-    with tqdm(total=n_rows, desc="writing activity", unit="row", unit_scale=True) as bar:
+    with progress(total=n_rows, desc="writing activity", unit="row", unit_scale=True) as bar:
         for i, subject in enumerate(subjects):
             sides = [(space.hemisphere(i, hemi).numpy(), read_npy(subject.activity[hemi])) for hemi in hemis]
             for start in range(0, len(subject.pictures), 512):
@@ -463,7 +462,7 @@ def decode_pictures(paths_of_pictures, workers=0):
     findings = Findings()
     with (
         ThreadPoolExecutor(workers or os.cpu_count()) as pool,  # PIL decodes outside the GIL
-        tqdm(total=len(paths_of_pictures), desc="decoding pictures", unit="picture") as bar,
+        progress(total=len(paths_of_pictures), desc="decoding pictures", unit="picture") as bar,
     ):
         for start in range(0, len(paths_of_pictures), 256):  # bounds what waits to be written
             for picture in pool.map(decode_picture, paths_of_pictures[start : start + 256]):

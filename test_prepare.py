@@ -9,6 +9,7 @@ import errno
 import hashlib
 import importlib
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -157,6 +158,43 @@ def test_arguments_that_a_shell_split_hint_at_quotes():
     assert "not understood: blocks.3" in message and 'need quotes, as in --layers "blocks.{1,3}"' in message
     message = message_of(lambda: None, LAYERS="blocks.0", arguments=["--layer", "blocks.1"])
     assert "not understood: --layer blocks.1" in message and "quotes" not in message
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+
+def test_progress_is_a_plain_line_every_30_seconds_where_output_is_no_terminal():
+    """A fake clock that goes on by 9 s an update; the loss is that of the last update, time left its share."""
+    file, now = io.StringIO(), [100.0]
+    with common.progress(total=10, initial=2, desc="train", unit="step", file=file, clock=lambda: now[0]) as bar:
+        for i in range(8):
+            now[0] += 9
+            bar.set_postfix_str(f"loss {i}")
+            bar.update()
+    assert file.getvalue().splitlines() == [  # after 36 s and 72 s
+        "train: 6 of 10 (step),  9.00s/step, 00:36 left, loss 3",
+        "train: 10 of 10 (step),  9.00s/step, 00:00 left, loss 7",
+    ]
+    file = io.StringIO()
+    assert list(common.progress(range(5), "short", file=file)) == list(range(5)) and not file.getvalue()
+    with common.progress(total=1, file=file, disable=True, clock=lambda: now[0]) as bar:
+        now[0] += 100
+        bar.update()
+    assert not file.getvalue()
+    for item in common.progress(range(5), "rows", file=file, unit="row", clock=lambda: now[0]):
+        now[0] += 31 if item == 1 else 1
+    assert file.getvalue().splitlines() == [  # the end is told of what took longer than a line
+        "rows: 2 of 5 (row), 16.00s/row, 00:48 left",
+        "rows: 5 of 5 (row),  7.00s/row, 00:00 left",
+    ]
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    with common.progress(total=3, desc="bar", file=Terminal()) as bar:
+        bar.update(3)
+    assert "100%|" in bar.fp.getvalue() and bar.fp.getvalue().count("\r") >= 2
 
 
 # ---- memory, disk, files ------------------------------------------------------------------------

@@ -28,13 +28,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import processes
 from checkpoint import mark_finished, read_checkpoint, save_checkpoint, trunk_fingerprint
 from common import (
-    Problem, check_disk, check_least, choose_device, choose_precision, load_torch, sole_writer, versions,
-    write_whole,
+    Problem, check_disk, check_least, choose_device, choose_precision, load_torch, progress, say, sole_writer,
+    versions, write_whole,
 )  # fmt: skip
 from model import Crops, autocast, feature_latents, random_boxes, smallest_crop
 from scores import median_r2, r2_score
@@ -420,7 +419,7 @@ class Training:
                     if self.saved_at != step:
                         self.save(step)
                     if processes.is_first():
-                        tqdm.write(self.stop.message(step), file=sys.stderr)
+                        say(self.stop.message(step), file=sys.stderr)
                     processes.barrier()  # torchrun kills the others soon after the first has gone
                     raise SystemExit(128 + self.stop.signal)
         self.conclude()
@@ -493,7 +492,7 @@ class Training:
         scores, n = best.progress.log[-1], len(self.learners)
         text = f"step {step}: {f'best of {n} heads: ' if n > 1 else ''}val loss {scores['val_loss']:.5f}, "
         text += f"val median R² {scores['val_r2']:.4f}{standing_out(scores, self.data.space.subjects)}"
-        tqdm.write(text, file=sys.stdout)
+        say(text)
 
     def check_losses(self, active, step):
         for learner in active:
@@ -506,7 +505,7 @@ class Training:
         if not self.tolerant:
             raise problem
         learner.progress.failed = str(problem)
-        tqdm.write(f"{learner.output}: {problem}; the other heads go on", file=sys.stdout)
+        say(f"{learner.output}: {problem}; the other heads go on")
 
     def save(self, step):
         self.saved_at = step
@@ -554,7 +553,7 @@ class Meter:
     """The bar: step, loss, learning rate, images/s."""
 
     def __init__(self, stage, first, steps):
-        self.bar = tqdm(total=steps, initial=first, desc=stage, unit="step", disable=not processes.is_first())
+        self.bar = progress(total=steps, initial=first, desc=stage, unit="step", disable=not processes.is_first())
         self.clock, self.n_images = time.perf_counter(), 0
 
     def __enter__(self):
