@@ -341,6 +341,10 @@ class Encoder(nn.Module):
         """images (n, 3, size, size) normalised, subject (n,) or None -> z (n, pca_dim)."""
         return self.head(self.choose(self.trunk(images)), subject)
 
+    def latents(self, features):
+        """The trunk's features -> h (n, latent_dim)."""
+        return self.head.combine(self.head.project(self.choose(features)))
+
     def choose(self, features):
         """Of the trunk's features those that the head takes."""
         return [features[i] for i in self.chosen]
@@ -379,24 +383,35 @@ class Encoder(nn.Module):
 
 @torch.inference_mode()
 def feature_latents(encoders, images, *, batch_size=64, precision=torch.float32, update=None):
-    """h of whole pictures, resized only (report: evaluation), for encoders that share one trunk.
+    """h of whole pictures for encoders that share one trunk, as of_features reads them.
 
-    images: (n, 256, 256, 3) uint8 array, also a mapped one, or tensor; update: called after every batch with
-    its size -> for each encoder h (n, latent_dim) float32 on its device. The only way to predict: training's
-    validation, submission, evaluation and own pictures all come through here.
+    -> for each encoder h (n, latent_dim) float32 on its device. The only way to predict: training's validation,
+    submission, evaluation and own pictures all come through here.
     """
-    check_images(images)
-    trunk, device = encoders[0].trunk, encoders[0].head.embed_bias.device
-    crops = Crops(trunk, device=device)
     for encoder in encoders:
         encoder.eval()
+    functions = [encoder.latents for encoder in encoders]
+    return of_features(encoders[0].trunk, images, functions, batch_size=batch_size, precision=precision, update=update)
+
+
+@torch.inference_mode()
+def of_features(trunk, images, functions, *, batch_size=64, precision=torch.float32, update=None):
+    """Functions of the trunk's features of whole pictures, resized only (report: evaluation); the trunk runs once.
+
+    images: (n, 256, 256, 3) uint8 array, also a mapped one, or tensor; functions: of features as trunk gives
+    them, per layer (n, n_tokens, n_channels), to a tensor (n, …); update: called after every batch with its size
+    -> for each function its results of all pictures, on the trunk's device.
+    """
+    check_images(images)
+    device = next(trunk.parameters()).device
+    crops = Crops(trunk, device=device)
     parts = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         batch = (batch if isinstance(batch, torch.Tensor) else torch.from_numpy(np.array(batch))).to(device)
         with autocast(device, precision):
             features = trunk(crops.whole(batch))
-            parts.append([e.head.combine(e.head.project(e.choose(features))) for e in encoders])
+            parts.append([function(features) for function in functions])
         if update:
             update(len(batch))
     return [torch.cat(part) for part in zip(*parts)]
