@@ -29,7 +29,7 @@ import predict
 import prepare_data
 from checkpoint import check_made, load_checkpoint
 from common import Problem, check_least, choose_device, choose_precision, run_script, versions, write_whole
-from flatmap import FlatMap, outlined, save_figure
+from flatmap import FlatMap, describe_maps, fit_limits, save_figure
 from predict import choose_checkpoint, csv_bytes, describe_checkpoint
 from scores import finite_median, sample_r2, score
 from training import read_log
@@ -275,11 +275,6 @@ def map_panels(rows, columns, flat_map, width_ratios=None):
     return figure, axes
 
 
-def colour_bar(figure, shown, axes, label):
-    bar = figure.colorbar(shown, ax=axes, fraction=0.03, pad=0.01, shrink=0.8, aspect=30, extend="both")
-    bar.set_label(label, size=12)
-
-
 def figure_2a(encoder):
     """Exemplar spatial pooling maps: means of Gaussian-mixture clusters of the maps of all layers.
 
@@ -314,12 +309,12 @@ def figure_2b(pca, space, flat_map):
     """The first principal components on flat maps."""
     n = min(n_components, pca.components.shape[1])
     figure, axes = map_panels(1, n, flat_map)
-    outlines = flat_map.outlines(outlined(space, OUTLINES))
+    outlines, shown = flat_map.outlines(OUTLINES), []
     for k, panel in enumerate(axes.flat):
         loading = pca.components[:, k].numpy() * space.n_vertices**0.5
-        shown = flat_map.draw(panel, loading, (-2.5, 2.5), "RdBu_r", outlines)
+        shown.append(flat_map.draw(panel, loading, (-2.5, 2.5), "RdBu_r", outlines, named=k == 0))
         panel.set_title(f"component {k + 1}: {pca.explained_variance[k] / pca.total_variance:.1%} of variance", fontsize=10)
-    colour_bar(figure, shown, axes, "loading (1: root mean square)")
+    describe_maps(figure, shown, axes, "loading (1: root mean square)", outlines)
     return figure
 
 
@@ -362,31 +357,30 @@ def figure_4a(scores, space, flat_map):
             maps["group prediction"] = np.nanmedian(scores["group"]["r2"], axis=0)
     n_all = len(maps)
     maps |= dict(zip(space.subjects, own))
-    top = max(0.1, np.ceil(np.nanquantile(np.stack(list(maps.values())), 0.99) * 10) / 10)
+    limits, shown = fit_limits(maps.values(), symmetric=False), []
     columns = 5 if len(maps) > 4 else len(maps)
     figure, axes = map_panels(-(-len(maps) // columns), columns, flat_map)
-    names = space.rois[OUTLINES]["names"] if OUTLINES in space.rois else None
     for k, (panel, (title, values)) in enumerate(zip(axes.flat, maps.items())):
-        outlines = flat_map.outlines(outlined(space, OUTLINES, None if k < n_all else k - n_all))
-        shown = flat_map.draw(panel, values, (0, top), "inferno", outlines, names if k == 0 else None, "white")
+        outlines = flat_map.outlines(OUTLINES, None if k < n_all else k - n_all)
+        shown.append(flat_map.draw(panel, values, limits, "inferno", outlines, named=k == 0, line_colour="white"))
         median = finite_median(values)
         panel.set_title(title + (": not scored" if np.isnan(median) else f": {median:.3f}"), fontsize=11)
-    colour_bar(figure, shown, axes, "R² (in titles: median over the vertices)")
+    describe_maps(figure, shown, axes, "R² (in titles: median over the vertices)", outlines)
     return figure
 
 
 def figure_4b(examples, images, space, subject, flat_map):
     """Picture, measured and predicted map of single samples, from well to badly predicted."""
     figure, axes = map_panels(-(-len(examples) // 2), 7, flat_map, (1, 1, 1, 0.1, 1, 1, 1))
-    outlines = flat_map.outlines(outlined(space, OUTLINES, subject))
+    outlines, shown = flat_map.outlines(OUTLINES, subject), []
     for k, (row, r2, *maps) in enumerate(examples):
         picture, *panels = axes[k // 2, 4 * (k % 2) : 4 * (k % 2) + 3]
         picture.imshow(images[row])
         picture.set_title(f"R² {r2:.2f}", fontsize=13)
         for panel, values, name in zip(panels, maps, ("measured", "predicted")):
-            shown = flat_map.draw(panel, values, (-activity_range, activity_range), "RdBu_r", outlines)
+            shown.append(flat_map.draw(panel, values, (-activity_range, activity_range), "RdBu_r", outlines))
             panel.set_title(name, fontsize=13)
-    colour_bar(figure, shown, axes, "activity (z)")
+    describe_maps(figure, shown, axes, "activity (z)", outlines)
     figure.suptitle(f"{space.subjects[subject]}, from the best predicted sample to the worst", fontsize=14)
     return figure
 

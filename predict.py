@@ -31,7 +31,7 @@ import prepare_data
 import train_head
 from checkpoint import check_made, check_scorable, load_checkpoint, read_checkpoint
 from common import Problem, check_least, choose_device, choose_precision, progress, run_script, write_whole
-from flatmap import FlatMap, outlined, save_figure
+from flatmap import FlatMap, describe_maps, save_figure
 from training import Validation
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data; not needed for IMAGES
@@ -249,7 +249,7 @@ def predict_pictures(path, device, precision):
     areas = {subject: space.regions(s) for subject, s in subjects.items()}
     if MAPS:
         flat_map = FlatMap(space, FSAVERAGE_DIR)
-        outlines = {subject: flat_map.outlines(outlined(space, OUTLINES, s)) for subject, s in subjects.items()}
+        outlines = {subject: flat_map.outlines(OUTLINES, s) for subject, s in subjects.items()}
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         check_pictures(pictures, pool)
         names = list(pictures)
@@ -281,8 +281,8 @@ def plot_picture(path, title, picture, activity, flat_map, outlines):
     figure, (left, right) = plt.subplots(1, 2, figsize=(4.2 + width, 3.4), width_ratios=(3, width), layout="constrained")
     left.imshow(picture)
     left.set_axis_off()
-    shown = flat_map.draw(right, activity, (-MAP_RANGE, MAP_RANGE), "RdBu_r", outlines)
-    figure.colorbar(shown, ax=right, shrink=0.8, extend="both", label="predicted activity (z)")
+    shown = flat_map.draw(right, activity, (-MAP_RANGE, MAP_RANGE), "RdBu_r", outlines, named=True)
+    describe_maps(figure, [shown], right, "predicted activity (z)", outlines)
     figure.suptitle(title, fontsize=10, parse_math=False)
     save_figure(figure, path)
 
