@@ -1,0 +1,304 @@
+"""Raw NSD -> challenge folder, NSD-Flat in and out: pytest test_nsd.py. No network, no GPU.
+
+A small raw NSD is simulated in the released formats (big-endian MGH, 1-based MATLAB arrays, HDF5, MGZ
+labels, csv, COCO's JSON); what the scripts make of it is compared with a derivation of its own here,
+trial by trial and vertex by vertex.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import nibabel
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+from sklearn.preprocessing import StandardScaler
+
+import prepare_data
+import prepare_nsd
+from common import Problem
+
+here = Path(__file__).parent
+hemis = ("lh", "rh")
+groups = ("streams", "prf-visualrois", "floc-bodies", "floc-faces", "floc-places", "floc-words")
+n_fsaverage, n_native, n_stimuli = 163842, 700, 73000
+n_pictures, n_shared = 30, 12  # that a simulated subject was to see, three times each
+trials = {1: (14, 11, 9, 13, 12, 15), 3: (14, 11, 9, 13, 12)}  # of the sessions acquired; 90 trials were planned
+n_sessions = (6, 40, 5, 30, 40, 32, 40, 30)  # N_SESSIONS for these two
+betas_folder = "nsddata_betas/ppdata/subj{:02d}/fsaverage/betas_fithrf_GLMdenoise_RR"
+
+
+def run(stage, **values):
+    """The stage's real main() with these constants."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(stage, name, value)  # refuses a name that the stage does not have
+        stage.main()
+
+
+# ---- simulated raw NSD --------------------------------------------------------------------------
+
+
+def write_mgh(path, values):
+    """values (n_trials, n_vertices of fsaverage) as {index: (n_trials,)}, zero elsewhere; float32 MGH with a footer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    n = len(next(iter(values.values())))
+    with open(path, "wb") as file:
+        file.write(struct.pack(">7i", 1, n_fsaverage, 1, 1, n, 3, 0).ljust(284, b"\0"))
+        file.truncate(284 + 4 * n_fsaverage * n + 20)  # holes: zeros that take no disk
+    mapped = np.memmap(path, ">f4", "r+", offset=284, shape=(n, n_fsaverage))
+    for vertex, series in values.items():
+        mapped[:, vertex] = series
+
+
+def write_surface(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.MGHImage(values.reshape(-1, 1, 1), np.eye(4)), path)
+
+
+def simulate_design(root, rng):
+    """-> nsd ids (8, n_pictures) and the columns (n_trials,) that the planned trials show, all 0-based."""
+    ids = rng.permutation(n_stimuli)
+    own = ids[n_shared:][: 8 * (n_pictures - n_shared)].reshape(8, -1)
+    subjectim = np.concatenate([np.tile(ids[:n_shared], (8, 1)), own], axis=1)
+    order = rng.permutation(np.repeat(np.arange(n_pictures), 3))
+    both = np.arange(sum(trials[1][:3]), sum(trials[3]))  # in the last three sessions of subj01 and subj03 alike
+    never = np.arange(sum(trials[1]), len(order))  # planned only
+    free = {"both": rng.permutation(both).tolist(), "never": rng.permutation(never).tolist()}
+    # shared with all showings there, shared with two, own pictures with two, with one and never shown
+    for picture, times in ((2, 3), (5, 2), (n_shared, 2), (n_shared + 1, 1), (n_shared + 2, 0)):
+        for i, spot in enumerate(np.flatnonzero(order == picture)):
+            target = free["both" if i < times else "never"].pop()
+            order[[spot, target]] = order[[target, spot]]
+    path = root / "nsddata/experiments/nsd/nsd_expdesign.mat"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    design = {"masterordering": order[None] + 1.0, "subjectim": subjectim + 1.0, "sharedix": ids[None, :n_shared] + 1.0}
+    scipy.io.savemat(path, design)
+    return subjectim, order
+
+
+def simulate_pictures(root, subjectim, rng):
+    path = root / "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5"
+    path.parent.mkdir(parents=True)
+    with h5py.File(path, "w") as file:
+        brick = file.create_dataset("imgBrick", (n_stimuli, 425, 425, 3), np.uint8, chunks=(1, 425, 425, 3))
+        for i in np.unique(subjectim):
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+            brick[i] = np.asarray(coarse.resize((425, 425), Image.Resampling.BICUBIC))
+
+
+def simulate_masks(root, rsc, rng):
+    """nsdgeneral with -1 and 0 outside, and a disjoint retrosplenial mask -> {hemi: (nsdgeneral, retrosplenial)}."""
+    masks = {}
+    for hemi, n in (("lh", 40), ("rh", 32)):
+        chosen = rng.choice(10242, n + 6, replace=False)
+        general = rng.choice([-1.0, 0.0], n_fsaverage).astype(np.float32)
+        general[chosen[:n]] = 1
+        extra = np.zeros(n_fsaverage, np.float32)
+        extra[chosen[n:]] = 1
+        write_surface(root / f"nsddata/freesurfer/fsaverage/label/{hemi}.nsdgeneral.mgz", general)
+        write_surface(rsc / f"{hemi}.nsdgeneralRSC.mgz", extra)
+        masks[hemi] = np.sort(chosen[:n]), np.sort(chosen[n:])
+    return masks
+
+
+def simulate_subject(root, number, masks, rng):
+    """Betas, ceilings, labels and transforms. One vertex is NaN in one trial, one in every trial, one constant in a
+    session, one the same value always; the rest of the cortex is full of other numbers."""
+    folder = root / betas_folder.format(number)
+    for hemi in hemis:
+        vertices = np.sort(np.concatenate(masks[hemi]))
+        outside = rng.choice(np.setdiff1d(np.arange(n_fsaverage), vertices), 30, replace=False)
+        gain, level = rng.uniform(0.5, 4, len(vertices)), rng.normal(0, 30, len(vertices))
+        for session, n in enumerate(trials[number], start=1):
+            series = level + rng.normal(0, 3) + gain * rng.standard_normal((n, len(vertices)))
+            series[:, 5] = 1 / 3  # whose mean is not itself in floating point
+            if session == 2:
+                series[:, 7] = 0.1
+            if session == len(trials[number]) and (number, hemi) == (3, "rh"):
+                series[n - 1, 9] = np.nan
+            if (number, hemi) == (3, "lh"):
+                series[:, [0, 20]] = np.nan
+            values = dict(zip(vertices, series.T)) | dict.fromkeys(outside, np.full(n, 1e6))
+            write_mgh(folder / f"{hemi}.betas_session{session:02d}.mgh", values)
+        ncsnr = rng.uniform(0, 2, n_fsaverage).astype(np.float32)
+        ncsnr[vertices[3]] = 0
+        write_surface(folder / f"{hemi}.ncsnr.mgh", ncsnr)
+        native = rng.integers(1, n_native + 1, n_fsaverage).astype(np.int32)
+        native[vertices[:2]] = 1, n_native  # the first and the last vertex of the person's surface
+        write_surface(root / f"nsddata/ppdata/subj{number:02d}/transforms/{hemi}.white-to-fsaverage.mgz", native)
+        for group in groups:
+            labels = rng.integers(0, 4, n_native).astype(np.float32 if group == "streams" else np.int32)
+            write_surface(root / f"nsddata/freesurfer/subj{number:02d}/label/{hemi}.{group}.mgz", labels)
+    for group in groups:
+        text = "".join(f"{label} {name}\n" for label, name in enumerate(["Unknown", *(f"{group}-{i}" for i in "abc")]))
+        (root / f"nsddata/freesurfer/subj{number:02d}/label/{group}.mgz.ctab").write_text(text)
+
+
+def simulate(root, rsc, seed=0):
+    rng = np.random.default_rng(seed)
+    subjectim, order = simulate_design(root, rng)
+    simulate_pictures(root, subjectim[[0, 2]], rng)
+    masks = simulate_masks(root, rsc, rng)
+    for number in trials:
+        simulate_subject(root, number, masks, rng)
+
+
+@pytest.fixture(scope="module")
+def nsd(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nsd")
+    simulate(folder / "nsd", folder / "rsc")
+    return folder
+
+
+def settings(nsd, challenge, **values):
+    common = dict(NSD_DIR=str(nsd / "nsd"), RSC_DIR=str(nsd / "rsc"), CHALLENGE_DIR=str(challenge), N_SESSIONS=n_sessions)
+    return common | values
+
+
+# ---- an independent derivation ------------------------------------------------------------------
+
+
+def read_surface(path):
+    return nibabel.load(path).get_fdata().squeeze()
+
+
+def plain_zscore(column):
+    """Population z-scores of a list of numbers, zeros where all are the same."""
+    mean = math.fsum(column) / len(column)
+    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in column) / len(column))
+    return [0.0 if len(set(column)) == 1 else (x - mean) / deviation for x in column]
+
+
+def plain_trials(root, rsc, number, n):
+    """Of the first n sessions, trial by trial: [nsd id], [in the last three sessions], {hemi: (n_trials, n) z-scores},
+    {hemi: fsaverage vertices}; NaN vertices left out."""
+    design = scipy.io.loadmat(root / "nsddata/experiments/nsd/nsd_expdesign.mat")
+    ids, held, z, vertices = [], [], {}, {}
+    for hemi in hemis:
+        inside = read_surface(root / f"nsddata/freesurfer/fsaverage/label/{hemi}.nsdgeneral.mgz") == 1
+        inside |= read_surface(rsc / f"{hemi}.nsdgeneralRSC.mgz") == 1 if rsc else False
+        mask, series = np.flatnonzero(inside), []
+        for session in range(1, n + 1):
+            image = nibabel.load(root / betas_folder.format(number) / f"{hemi}.betas_session{session:02d}.mgh")
+            betas = image.get_fdata()[:, 0, 0, :]
+            series.append([plain_zscore(betas[vertex].tolist()) for vertex in mask])
+            if hemi == "lh":
+                for _ in range(betas.shape[1]):
+                    column = int(design["masterordering"][0, len(ids)])
+                    ids.append(int(design["subjectim"][number - 1, column - 1]) - 1)
+                    held.append(session > n - 3)
+        series = np.concatenate(series, axis=1).T
+        whole = ~np.isnan(series).any(0)
+        z[hemi], vertices[hemi] = series[:, whole], mask[whole]
+    return ids, held, z, vertices
+
+
+def plain_pictures(ids, held, shared, finished):
+    """Training and test pictures, each sorted."""
+    training = sorted({i for i, h in zip(ids, held) if not h})
+    test = []
+    for i in sorted(set(ids) - set(training)):
+        if i not in shared or (finished and ids.count(i) == 3):
+            test.append(i)
+    return training, test
+
+
+def plain_folder(root, rsc, number, n):
+    """{path: array} of everything but the pictures and the mappings, and {path: nsd id} of the pictures."""
+    ids, held, z, vertices = plain_trials(root, rsc, number, n)
+    shared = set((scipy.io.loadmat(root / "nsddata/experiments/nsd/nsd_expdesign.mat")["sharedix"][0] - 1).tolist())
+    training, test = plain_pictures(ids, held, shared, finished=number in (1, 2, 5, 7))
+    arrays, pictures = {}, {}
+    for hemi in hemis:
+        for split, chosen, late in (("training", training, False), ("test", test, True)):
+            rows = [np.mean([y for y, i, h in zip(z[hemi], ids, held) if (i, h) == (c, late)], axis=0) for c in chosen]
+            arrays[f"{split}_split/{split}_fmri/{hemi}_{split}_fmri.npy"] = np.array(rows)
+        m = sum(1 / ids.count(i) for i in test) / len(test)
+        ncsnr = read_surface(root / betas_folder.format(number) / f"{hemi}.ncsnr.mgh")[vertices[hemi]]
+        arrays[f"test_split/noise_ceiling/{hemi}_noise_ceiling.npy"] = np.array([s**2 / (s**2 + m) for s in ncsnr])
+        inside = np.isin(np.arange(n_fsaverage), vertices[hemi]).astype(int)
+        arrays[f"roi_masks/{hemi}.all-vertices_fsaverage_space.npy"] = inside
+        index = read_surface(root / f"nsddata/ppdata/subj{number:02d}/transforms/{hemi}.white-to-fsaverage.mgz")
+        for group in groups:
+            native = read_surface(root / f"nsddata/freesurfer/subj{number:02d}/label/{hemi}.{group}.mgz")
+            labels = {v: int(native[int(index[v]) - 1]) for v in vertices[hemi]}
+            arrays[f"roi_masks/{hemi}.{group}_challenge_space.npy"] = np.array(list(labels.values()))
+            whole = np.zeros(n_fsaverage, int)
+            whole[list(labels)] = list(labels.values())
+            arrays[f"roi_masks/{hemi}.{group}_fsaverage_space.npy"] = whole
+    for split, short, chosen in (("training", "train", training), ("test", "test", test)):
+        for row, i in enumerate(chosen, start=1):
+            pictures[f"{split}_split/{split}_images/{short}-{row:04d}_nsd-{i:05d}.png"] = i
+    return arrays, pictures
+
+
+# ---- raw NSD -> challenge folder ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def challenge(nsd):
+    run(prepare_nsd, **settings(nsd, nsd / "challenge"))
+    return nsd / "challenge"
+
+
+@pytest.mark.parametrize("number", trials)
+def test_challenge_folder_is_the_derivation(number, nsd, challenge):
+    folder = challenge / f"subj{number:02d}"
+    arrays, pictures = plain_folder(nsd / "nsd", nsd / "rsc", number, n_sessions[number - 1])
+    mappings = {f"roi_masks/mapping_{group}.npy" for group in groups}
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert files == {*arrays, *pictures, *mappings, "prepare_nsd.json"}
+    for name, expected in arrays.items():
+        found = np.load(folder / name)
+        kind = np.float32 if name.endswith("_fmri.npy") else np.float64 if "ceiling" in name else np.int64
+        assert found.dtype == kind and found.shape == expected.shape, name
+        # means of up to three numbers, each rounded to float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 if "fmri" in name else 0, err_msg=name)
+    with h5py.File(nsd / "nsd/nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5") as file:
+        for name, i in pictures.items():
+            assert (np.asarray(Image.open(folder / name)) == file["imgBrick"][i]).all(), name
+    for group in groups:
+        mapping = np.load(folder / f"roi_masks/mapping_{group}.npy", allow_pickle=True).item()
+        assert mapping == {0: "Unknown"} | {i: f"{group}-{c}" for i, c in enumerate("abc", start=1)}
+
+
+def test_simulation_holds_the_cases(nsd):
+    """What the comparison above is worth depends on what occurs in it."""
+    for number, finished in ((1, True), (3, False)):
+        ids, held, z, vertices = plain_trials(nsd / "nsd", nsd / "rsc", number, n_sessions[number - 1])
+        design = scipy.io.loadmat(nsd / "nsd/nsddata/experiments/nsd/nsd_expdesign.mat")
+        shared = set((design["sharedix"][0] - 1).tolist())
+        early, late = ([i for i, h in zip(ids, held) if h == side] for side in (False, True))
+        training, test = plain_pictures(ids, held, shared, finished)
+        assert set(early) & set(late)  # pictures across the boundary
+        assert set(late) - set(early) - set(test)  # shared ones that are left out
+        assert {late.count(i) for i in test} >= {1, 2}
+        assert any(late.count(i) == 3 for i in shared & set(late) - set(early)) and bool(shared & set(test)) == finished
+        assert len(ids) < design["masterordering"].size  # trials planned, never acquired
+        assert number == 1 or set(design["subjectim"][2] - 1) - set(ids)  # pictures never shown
+        assert [len(v) for v in vertices.values()] == ([46, 38] if number == 1 else [44, 37])
+    for session in (1, 2):  # the constant vertices as by the scaler that the organisers use
+        path = nsd / "nsd" / betas_folder.format(1) / f"lh.betas_session{session:02d}.mgh"
+        betas = nibabel.load(path).get_fdata()[:, 0, 0, :].T
+        columns = vertices = np.flatnonzero(betas.any(0))
+        expected = StandardScaler().fit_transform(betas[:, vertices])
+        found = np.array([plain_zscore(betas[:, v].tolist()) for v in columns]).T
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+        assert (expected == 0).all(0).sum() == 30 + session  # outside, always, in session 2
+
+
+def test_prepare_data_takes_the_folder(challenge, tmp_path):
+    run(prepare_data, CHALLENGE_DIR=str(challenge), DATA_DIR=str(tmp_path))
+    data = prepare_data.load(tmp_path)
+    assert data.space.subjects == ["subj01", "subj03"] and data.space.n_vertices == 46 + 38
+    assert data.space.mask.sum(1).tolist() == [84, 81] and set(data.space.rois) == set(groups)
