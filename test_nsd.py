@@ -302,3 +302,198 @@ def test_prepare_data_takes_the_folder(challenge, tmp_path):
     data = prepare_data.load(tmp_path)
     assert data.space.subjects == ["subj01", "subj03"] and data.space.n_vertices == 46 + 38
     assert data.space.mask.sum(1).tolist() == [84, 81] and set(data.space.rois) == set(groups)
+
+
+def contents(folder):
+    """{path: bytes} of the subjects in a challenge folder, without their notes."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".json"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+dies_while_encoding = """
+import os, signal
+from PIL import Image
+saved, real = 0, Image.Image.save
+def mortal(*arguments):
+    global saved
+    saved += 1
+    return real(*arguments) if saved < {n} else os.kill(os.getpid(), signal.SIGKILL)
+Image.Image.save = mortal
+"""
+
+
+def run_process(script, values, before=""):
+    """A stage as a process of its own; before: code that runs ahead of it, such as a trap."""
+    texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in values.items()}
+    arguments = [part for name, text in texts.items() for part in (f"--{name.lower()}", text)]
+    code = f"import sys, runpy; sys.argv = {[script, *arguments]!r}; sys.path.insert(0, {str(here)!r})\n"
+    code += f"{before}\nrunpy.run_path({str(here / script)!r}, run_name='__main__')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_killed_run_goes_on_with_the_next_subject(nsd, challenge, tmp_path):
+    values = settings(nsd, tmp_path)
+    n_first = len(list(challenge.glob("subj01/*/*_images/*")))
+    process = run_process("prepare_nsd.py", values, before=dies_while_encoding.format(n=n_first + 3))
+    assert process.returncode == -signal.SIGKILL
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [".subj03.partial", "subj01"]
+    done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("subj01/**/*")}
+    process = run_process("prepare_nsd.py", values)
+    assert process.returncode == 0 and "subj01 is there already" in process.stdout, process.stderr
+    assert done == {p: p.stat().st_mtime_ns for p in tmp_path.glob("subj01/**/*")}
+    assert contents(tmp_path) == contents(challenge)
+
+
+def copy_of(nsd, folder):
+    """raw NSD to be damaged: links to the files, folders of its own."""
+    shutil.copytree(nsd / "nsd", folder, copy_function=os.link)
+    return folder
+
+
+def test_everything_missing_is_told_at_once(nsd, tmp_path):
+    root = copy_of(nsd, tmp_path / "nsd")
+    gone = [f"{betas_folder.format(1)}/lh.betas_session06.mgh", f"{betas_folder.format(3)}/rh.ncsnr.mgh"]
+    gone += [f"{betas_folder.format(3)}/{hemi}.betas_session05.mgh" for hemi in hemis]
+    gone += [f"nsddata/freesurfer/{path}" for path in ("subj03/label/lh.floc-faces.mgz", "subj01/label/streams.mgz.ctab")]
+    gone += ["nsddata/freesurfer/fsaverage/label/rh.nsdgeneral.mgz", "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5"]
+    gone += ["nsddata/experiments/nsd/nsd_expdesign.mat", "nsddata/ppdata/subj01/transforms/rh.white-to-fsaverage.mgz"]
+    for path in gone:
+        (root / path).unlink()
+    cut = root / betas_folder.format(1) / "rh.betas_session02.mgh"
+    content = cut.read_bytes()
+    cut.unlink()
+    cut.write_bytes(content[:-1000])
+    output, nothing = tmp_path / "challenge", tmp_path / "nothing"
+    with pytest.raises(Problem) as found:
+        run(prepare_nsd, **settings(nsd, output) | dict(NSD_DIR=str(root), RSC_DIR=str(nothing)))
+    lines = str(found.value).splitlines()
+    listed = [line.strip().removeprefix("s3://natural-scenes-dataset/") for line in lines if line.startswith("  s3://")]
+    assert sorted(listed) == sorted(gone)
+    text = str(found.value)
+    assert "subj01: 5 of 6 sessions are there, missing 6" in text and "subj03: 4 of 5 sessions" in text
+    assert "--n_sessions 5,40,4,30" in text and "41.1 GB to download" in text and "GB of disk" in text
+    assert f"{cut}: {len(content) - 1000} bytes" in text
+    assert all(f"{nothing}/{hemi}.nsdgeneralRSC.mgz" in text for hemi in hemis)
+    assert not list(output.glob("*"))
+
+
+def test_fewer_sessions_where_it_is_said(nsd, tmp_path, capsys):
+    """As if the others had never been acquired: the last three of what is left are the test data."""
+    root = copy_of(nsd, tmp_path / "nsd")
+    for hemi in hemis:
+        (root / betas_folder.format(1) / f"{hemi}.betas_session06.mgh").unlink()
+    values = settings(nsd, tmp_path / "challenge", NSD_DIR=str(root), SUBJECTS="subj01", RSC_DIR="")
+    with pytest.raises(Problem, match="missing 6"):
+        run(prepare_nsd, **values)
+    run(prepare_nsd, **values | dict(N_SESSIONS=(5.0,)))  # numbers as the command line gives them
+    text = capsys.readouterr().out
+    assert "RSC_DIR is empty: nsdgeneral alone, 40 + 32 vertices" in text and "not at full size" in text
+    arrays, pictures = plain_folder(root, None, 1, 5)
+    folder = tmp_path / "challenge/subj01"
+    assert {str(p.relative_to(folder)) for p in folder.glob("*/*_images/*")} == set(pictures)
+    for name, expected in arrays.items():
+        np.testing.assert_allclose(np.load(folder / name), expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_finished_subjects_are_not_mixed(nsd, challenge, tmp_path, capsys):
+    shutil.copytree(challenge, tmp_path / "challenge")
+    before = contents(tmp_path / "challenge")
+    values = settings(nsd, tmp_path / "challenge")
+    with pytest.raises(Problem, match="made with n_sessions 6, now 5.*--overwrite"):
+        run(prepare_nsd, **values | dict(N_SESSIONS=(5, 40, 5)))
+    with pytest.raises(Problem, match="retrosplenial True, now False"):
+        run(prepare_nsd, **values | dict(RSC_DIR=""))
+    root = copy_of(nsd, tmp_path / "nsd")
+    run(prepare_nsd, **values | dict(NSD_DIR=str(root)))  # the same files
+    assert capsys.readouterr().out.count("is there already") == 2
+    (root / betas_folder.format(1) / "lh.betas_session01.mgh").unlink()
+    run(prepare_nsd, **values | dict(NSD_DIR=str(root)))  # the betas may go when they are done with
+    path = root / betas_folder.format(1) / "lh.betas_session01.mgh"
+    path.write_bytes((root / betas_folder.format(1) / "lh.betas_session02.mgh").read_bytes())
+    with pytest.raises(Problem, match="other files in NSD_DIR"):
+        run(prepare_nsd, **values | dict(NSD_DIR=str(root)))
+    (tmp_path / "challenge/subj01/prepare_nsd.json").unlink()  # as in the download
+    with pytest.raises(Problem, match="not made by prepare_nsd.py"):
+        run(prepare_nsd, **values)
+    assert contents(tmp_path / "challenge") == before
+    run(prepare_nsd, **values | dict(OVERWRITE=True, SUBJECTS="subj01"))
+    assert contents(tmp_path / "challenge") == before
+
+
+def rewrite(path, content):
+    path.unlink()  # a link to the file of the others
+    path.write_bytes(content)
+
+
+def betas_header(**changes):
+    head = dict(version=1, vertices=n_fsaverage, height=1, depth=1, trials=2, kind=3) | changes
+    return struct.pack(">6i", *head.values())
+
+
+@pytest.mark.parametrize(
+    "path, content, message",
+    [
+        ("{betas}/lh.betas_session01.mgh", betas_header(vertices=10242), "not float32 MGH of shape .163842"),
+        ("{betas}/lh.betas_session01.mgh", betas_header(kind=0), "not float32 MGH"),
+        ("{betas}/lh.betas_session01.mgh", b"", "not float32 MGH"),
+        ("{betas}/lh.betas_session01.mgh", betas_header(trials=750), "header says 750 trials, 491526284 bytes"),
+        ("nsddata/experiments/nsd/nsd_expdesign.mat", b"MATLAB", "not a whole MATLAB file"),
+        ("nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5", b"HDF", "no HDF5 file with imgBrick"),
+        ("nsddata/freesurfer/subj01/label/rh.streams.mgz", b"\x1f\x8b", "not a whole MGH file"),
+        ("nsddata/freesurfer/subj01/label/streams.mgz.ctab", b"V1v 1\n", "expected lines such as '1 V1v'"),
+    ],
+)
+def test_damaged_files_are_refused(path, content, message, nsd, tmp_path):
+    root = copy_of(nsd, tmp_path / "nsd")
+    rewrite(root / path.format(betas=betas_folder.format(1)), content)
+    with pytest.raises(Problem, match=message):
+        run(prepare_nsd, **settings(nsd, tmp_path / "challenge", NSD_DIR=str(root), SUBJECTS="subj01"))
+    assert not list((tmp_path / "challenge").glob("*"))
+
+
+def test_numbers_that_count_from_0_are_refused(nsd, tmp_path):
+    root = copy_of(nsd, tmp_path / "nsd")
+    path = root / "nsddata/experiments/nsd/nsd_expdesign.mat"
+    design = scipy.io.loadmat(path)
+    path.unlink()
+    scipy.io.savemat(path, {name: design[name] - 1 for name in ("masterordering", "subjectim", "sharedix")})
+    label = root / "nsddata/ppdata/subj03/transforms/lh.white-to-fsaverage.mgz"
+    index = nibabel.load(label).get_fdata().ravel().astype(np.int32) - 1
+    label.unlink()
+    write_surface(label, index)
+    with pytest.raises(Problem) as found:
+        run(prepare_nsd, **settings(nsd, tmp_path / "challenge", NSD_DIR=str(root)))
+    assert "masterordering from 0 to 29" in str(found.value)
+    assert f"vertices 0 to {n_native - 1}, expected 1 to {n_native}" in str(found.value)
+
+
+def test_design_in_matlab_7_3(nsd, tmp_path):
+    """HDF5, every array transposed."""
+    path = nsd / "nsd/nsddata/experiments/nsd/nsd_expdesign.mat"
+    with h5py.File(tmp_path / "new.mat", "w", userblock_size=512) as file:
+        for name, values in scipy.io.loadmat(path).items():
+            if not name.startswith("_"):
+                file[name] = values.T
+    with open(tmp_path / "new.mat", "r+b") as file:  # as MATLAB marks them
+        file.write(b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM")
+    for name, values in prepare_nsd.read_design(path).items():
+        assert (values == prepare_nsd.read_design(tmp_path / "new.mat")[name]).all()
+
+
+def test_counts_stand_beside_the_challenges(capsys):
+    """The challenge's numbers, from its documentation, and whether the own ones agree."""
+    pictures = [(9841, 159), (9841, 159), (9082, 293), (8779, 395), (9841, 159), (9082, 293), (9841, 159), (8779, 395)]
+    missing = {6: (26, 324), 8: (23, 14)}  # vertices
+    made = {}
+    for number, ((training, test), n) in enumerate(zip(pictures, prepare_nsd.N_SESSIONS), start=1):
+        lh, rh = np.subtract((19004, 20544), missing.get(number, (0, 0))).tolist()
+        counts = dict(training=training, test=test, lh=lh, rh=rh, n_sessions=n, n_trials=750 * n)
+        made[f"subj{number:02d}"] = counts
+    prepare_nsd.report(made)
+    text = capsys.readouterr().out
+    assert "agree with the challenge: subj01, subj02, " in text and "differ" not in text and "not at full" not in text
+    made["subj06"]["test"] += 1
+    made["subj07"]["n_sessions"] = 39
+    prepare_nsd.report(made)
+    text = capsys.readouterr().out
+    assert "differ from the challenge: subj06\n" in text and "not at full size, so their numbers are not the challenge's: subj07" in text
