@@ -12,6 +12,7 @@ import numpy as np
 import prepare_data
 from common import Problem, write_whole
 
+map_corner, map_shape = (-100, 95), (215, 200)
 mm_per_pixel, margin = 0.5, 8  # mm of cortex shown around the data
 
 

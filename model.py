@@ -511,6 +511,7 @@ class Space:
     n_lh: int
     mask: torch.Tensor
     rois: dict
+    unit: str = "vertices"
 
     @property
     def n_vertices(self):

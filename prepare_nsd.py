@@ -126,15 +126,15 @@ def choose_subjects(root, names):
 
 
 def count_sessions(number, n_sessions):
-    """n_sessions[number - 1] as a whole number that leaves sessions to train on."""
-    if number > len(n_sessions) or n_sessions[number - 1] != int(n_sessions[number - 1]):
+    """Sessions of subject number (from 1), of which some have to be left to train on."""
+    if number > len(n_sessions):
         raise Problem(f"N_SESSIONS is {n_sessions}, expected a whole number for each of subj01 … subj08 in this order")
     if n_sessions[number - 1] <= n_test_sessions:
         raise Problem(
-            f"N_SESSIONS gives subj{number:02d} {n_sessions[number - 1]:g} sessions, expected {n_test_sessions + 1} or "
+            f"N_SESSIONS gives subj{number:02d} {n_sessions[number - 1]} sessions, expected {n_test_sessions + 1} or "
             f"more: the last {n_test_sessions} are its test data"
         )
-    return int(n_sessions[number - 1])
+    return n_sessions[number - 1]
 
 
 def survey(root, people, n_sessions, rsc_dir, n_bytes, output, *, labels=True, more=(), findings=()):
@@ -204,13 +204,13 @@ def refuse(root, missing, findings, counts, disk, output, n_sessions):
             f"{len(missing)} files are missing below {root}, {download / 1e9:.1f} GB to download. Each with\n"
             f"  aws s3 cp --no-sign-request {bucket}/PATH {root}/PATH"
         )
-        there = [int(n) for n in n_sessions]
+        there = [*n_sessions]
         for name, n in counts.items():
             gaps = [s for s in range(1, n + 1) if any(betas_file(name, hemi, s) in missing for hemi in hemis)]
             if gaps:
                 text.append(f"{name}: {n - len(gaps)} of {n} sessions are there, missing {show_ranges(gaps)}")
                 there[int(name[-2:]) - 1] = gaps[0] - 1
-        if there != [int(n) for n in n_sessions]:
+        if there != [*n_sessions]:
             usable = all(there[int(name[-2:]) - 1] > n_test_sessions for name in counts)
             way = (
                 f"--n_sessions {','.join(map(str, there))} takes the first ones that are there"

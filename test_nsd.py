@@ -5,6 +5,8 @@ labels, csv, COCO's JSON); what the scripts make of it is compared with a deriva
 trial by trial and vertex by vertex.
 """
 
+import csv
+import io
 import json
 import math
 import os
@@ -18,12 +20,16 @@ from pathlib import Path
 import h5py
 import nibabel
 import numpy as np
+import pyarrow.parquet
 import pytest
 import scipy.io
 from PIL import Image
 from sklearn.preprocessing import StandardScaler
 
+import coco
+import flatmap
 import prepare_data
+import prepare_flat
 import prepare_nsd
 from common import Problem
 
@@ -144,24 +150,99 @@ def simulate_subject(root, number, masks, rng):
         (root / f"nsddata/freesurfer/subj{number:02d}/label/{group}.mgz.ctab").write_text(text)
 
 
-def simulate(root, rsc, seed=0):
+def simulate_stimulus_info(root, subjectim, order):
+    """The csv of 41 columns, planned trials that were never acquired included; returns {nsd id: (COCO's split, id)}."""
+    names = ["", "cocoId", "cocoSplit", "cropBox", "loss", "nsdId", "flagged", "BOLD5000", "shared1000"]
+    names += [f"subject{s}" for s in range(1, 9)] + [f"subject{s}_rep{r}" for s in range(1, 9) for r in range(3)]
+    shared, where = set(subjectim[0, :n_shared].tolist()), {}
+    columns = [{i: c for c, i in enumerate(row)} for row in subjectim.tolist()]
+    with open(root / "nsddata/experiments/nsd/nsd_stim_info_merged.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for i in range(n_stimuli):
+            where[i] = "val2017" if i % 5 == 0 else "train2017", 1000 + i  # wide and tall pictures
+            crop = (0, 0, 0.125, 0.125) if i % 2 else (0.1, 0.15, 0, 0)
+            row = [i, where[i][1], where[i][0], crop, 0.0, i, i % 7 == 0, i % 3 == 0, i in shared]
+            row += [int(i in column) for column in columns]
+            for column in columns:
+                times = 1 + np.flatnonzero(order == column[i]) if i in column else [0, 0, 0]
+                row += [*times]
+            writer.writerow(row)
+    return where
+
+
+def simulate_coco(folder, pictures, rng):
+    """pictures: {nsd id: (split, COCO id)} of those that have to be in the four files, among others."""
+    folder.mkdir()
+    categories = [
+        {"id": 1, "name": "person", "supercategory": "person"},
+        {"id": 88, "name": "bear", "supercategory": "toy"},
+    ]
+    for split in ("train2017", "val2017"):
+        images, instances, captions = [], [], []
+        for i, (of, number) in pictures.items():
+            if of != split:
+                continue
+            height, width = (480, 640) if i % 2 else (640, 480)
+            images.append({"id": number, "height": height, "width": width, "file_name": f"{number:012d}.jpg"})
+            for k in range(i % 4):
+                x, y = rng.uniform(0, width - 60), rng.uniform(0, height - 60)
+                outline = [[x, y, x + 50, y + 3, x + 44, y + 51, x + 7, y + 40]]
+                if k == 1:  # two parts, the first where nothing was shown
+                    outline = [[1, 1, 9, 1, 9, 9] if i % 2 else [1, 1, 9, 1, 9, 9], *outline]
+                if k == 2:
+                    runs = [height * 200 + 30, 100] + [height - 100, 100] * 90
+                    outline = {"size": [height, width], "counts": [*runs, height * width - sum(runs)]}
+                instances.append(dict(
+                    id=10 * number + k, image_id=number, category_id=(1, 88)[k % 2], iscrowd=int(k == 2), area=1.0,
+                    bbox=[x, y, 50, 51], segmentation=outline,
+                ))  # fmt: skip
+            captions += [dict(id=10 * number + k, image_id=number, caption=f"{k} of {number}") for k in range(5)]
+        (folder / f"instances_{split}.json").write_text(
+            json.dumps(dict(images=images, annotations=instances, categories=categories))
+        )
+        (folder / f"captions_{split}.json").write_text(json.dumps(dict(images=images, annotations=captions)))
+
+
+def simulate_surface(folder, masks, rng):
+    """Flat hemispheres as GIFTI, three coordinates; the masks' vertices crowd within 8 x 8 mm."""
+    folder.mkdir()
+    for hemi in hemis:
+        places = rng.uniform((-60, -110, 0), (35, 90, 0), (n_fsaverage, 3)).astype(np.float32)
+        vertices = np.concatenate(masks[hemi])
+        places[vertices, :2] = rng.uniform((0, -20), (8, -12), (len(vertices), 2))
+        triangles = np.array([[0, 1, 2]], np.int32)
+        arrays = [
+            nibabel.gifti.GiftiDataArray(places, intent="NIFTI_INTENT_POINTSET"),
+            nibabel.gifti.GiftiDataArray(triangles, intent="NIFTI_INTENT_TRIANGLE"),
+        ]
+        nibabel.save(nibabel.gifti.GiftiImage(darrays=arrays), folder / f"flat_{hemi}.gii")
+
+
+def simulate(folder, seed=0):
     rng = np.random.default_rng(seed)
+    root = folder / "nsd"
     subjectim, order = simulate_design(root, rng)
     simulate_pictures(root, subjectim[[0, 2]], rng)
-    masks = simulate_masks(root, rsc, rng)
+    masks = simulate_masks(root, folder / "rsc", rng)
     for number in trials:
         simulate_subject(root, number, masks, rng)
+    where = simulate_stimulus_info(root, subjectim, order)
+    simulate_coco(folder / "coco", {i: where[i] for i in np.unique(subjectim[[0, 2]]).tolist()}, rng)
+    simulate_surface(folder / "surface", masks, rng)
 
 
 @pytest.fixture(scope="module")
 def nsd(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nsd")
-    simulate(folder / "nsd", folder / "rsc")
+    simulate(folder)
     return folder
 
 
 def settings(nsd, challenge, **values):
-    common = dict(NSD_DIR=str(nsd / "nsd"), RSC_DIR=str(nsd / "rsc"), CHALLENGE_DIR=str(challenge), N_SESSIONS=n_sessions)
+    common = dict(
+        NSD_DIR=str(nsd / "nsd"), RSC_DIR=str(nsd / "rsc"), CHALLENGE_DIR=str(challenge), N_SESSIONS=n_sessions
+    )
     return common | values
 
 
@@ -246,14 +327,14 @@ def plain_folder(root, rsc, number, n):
 
 
 @pytest.fixture(scope="module")
-def challenge(nsd):
+def derived(nsd):
     run(prepare_nsd, **settings(nsd, nsd / "challenge"))
     return nsd / "challenge"
 
 
 @pytest.mark.parametrize("number", trials)
-def test_challenge_folder_is_the_derivation(number, nsd, challenge):
-    folder = challenge / f"subj{number:02d}"
+def test_challenge_folder_is_the_derivation(number, nsd, derived):
+    folder = derived / f"subj{number:02d}"
     arrays, pictures = plain_folder(nsd / "nsd", nsd / "rsc", number, n_sessions[number - 1])
     mappings = {f"roi_masks/mapping_{group}.npy" for group in groups}
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
@@ -297,8 +378,8 @@ def test_simulation_holds_the_cases(nsd):
         assert (expected == 0).all(0).sum() == 30 + session  # outside, always, in session 2
 
 
-def test_prepare_data_takes_the_folder(challenge, tmp_path):
-    run(prepare_data, CHALLENGE_DIR=str(challenge), DATA_DIR=str(tmp_path))
+def test_prepare_data_takes_the_folder(derived, tmp_path):
+    run(prepare_data, CHALLENGE_DIR=str(derived), DATA_DIR=str(tmp_path))
     data = prepare_data.load(tmp_path)
     assert data.space.subjects == ["subj01", "subj03"] and data.space.n_vertices == 46 + 38
     assert data.space.mask.sum(1).tolist() == [84, 81] and set(data.space.rois) == set(groups)
@@ -331,9 +412,9 @@ def run_process(script, values, before=""):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-def test_killed_run_goes_on_with_the_next_subject(nsd, challenge, tmp_path):
+def test_killed_run_goes_on_with_the_next_subject(nsd, derived, tmp_path):
     values = settings(nsd, tmp_path)
-    n_first = len(list(challenge.glob("subj01/*/*_images/*")))
+    n_first = len(list(derived.glob("subj01/*/*_images/*")))
     process = run_process("prepare_nsd.py", values, before=dies_while_encoding.format(n=n_first + 3))
     assert process.returncode == -signal.SIGKILL
     assert [p.name for p in sorted(tmp_path.iterdir())] == [".subj03.partial", "subj01"]
@@ -341,7 +422,7 @@ def test_killed_run_goes_on_with_the_next_subject(nsd, challenge, tmp_path):
     process = run_process("prepare_nsd.py", values)
     assert process.returncode == 0 and "subj01 is there already" in process.stdout, process.stderr
     assert done == {p: p.stat().st_mtime_ns for p in tmp_path.glob("subj01/**/*")}
-    assert contents(tmp_path) == contents(challenge)
+    assert contents(tmp_path) == contents(derived)
 
 
 def copy_of(nsd, folder):
@@ -354,7 +435,9 @@ def test_everything_missing_is_told_at_once(nsd, tmp_path):
     root = copy_of(nsd, tmp_path / "nsd")
     gone = [f"{betas_folder.format(1)}/lh.betas_session06.mgh", f"{betas_folder.format(3)}/rh.ncsnr.mgh"]
     gone += [f"{betas_folder.format(3)}/{hemi}.betas_session05.mgh" for hemi in hemis]
-    gone += [f"nsddata/freesurfer/{path}" for path in ("subj03/label/lh.floc-faces.mgz", "subj01/label/streams.mgz.ctab")]
+    gone += [
+        f"nsddata/freesurfer/{path}" for path in ("subj03/label/lh.floc-faces.mgz", "subj01/label/streams.mgz.ctab")
+    ]
     gone += ["nsddata/freesurfer/fsaverage/label/rh.nsdgeneral.mgz", "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5"]
     gone += ["nsddata/experiments/nsd/nsd_expdesign.mat", "nsddata/ppdata/subj01/transforms/rh.white-to-fsaverage.mgz"]
     for path in gone:
@@ -385,7 +468,7 @@ def test_fewer_sessions_where_it_is_said(nsd, tmp_path, capsys):
     values = settings(nsd, tmp_path / "challenge", NSD_DIR=str(root), SUBJECTS="subj01", RSC_DIR="")
     with pytest.raises(Problem, match="missing 6"):
         run(prepare_nsd, **values)
-    run(prepare_nsd, **values | dict(N_SESSIONS=(5.0,)))  # numbers as the command line gives them
+    run(prepare_nsd, **values | dict(N_SESSIONS=(5,)))
     text = capsys.readouterr().out
     assert "RSC_DIR is empty: nsdgeneral alone, 40 + 32 vertices" in text and "not at full size" in text
     arrays, pictures = plain_folder(root, None, 1, 5)
@@ -395,8 +478,8 @@ def test_fewer_sessions_where_it_is_said(nsd, tmp_path, capsys):
         np.testing.assert_allclose(np.load(folder / name), expected, rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_finished_subjects_are_not_mixed(nsd, challenge, tmp_path, capsys):
-    shutil.copytree(challenge, tmp_path / "challenge")
+def test_finished_subjects_are_not_mixed(nsd, derived, tmp_path, capsys):
+    shutil.copytree(derived, tmp_path / "challenge")
     before = contents(tmp_path / "challenge")
     values = settings(nsd, tmp_path / "challenge")
     with pytest.raises(Problem, match="made with n_sessions 6, now 5.*--overwrite"):
@@ -496,4 +579,186 @@ def test_counts_stand_beside_the_challenges(capsys):
     made["subj07"]["n_sessions"] = 39
     prepare_nsd.report(made)
     text = capsys.readouterr().out
-    assert "differ from the challenge: subj06\n" in text and "not at full size, so their numbers are not the challenge's: subj07" in text
+    assert (
+        "differ from the challenge: subj06\n" in text
+        and "not at full size, so their numbers are not the challenge's: subj07" in text
+    )
+
+
+# ---- NSD-Flat -----------------------------------------------------------------------------------
+
+step = 5 / 255  # of the stored activity
+
+
+def flat_settings(nsd, flat, **values):
+    common = settings(nsd, "") | dict(FLAT_DIR=str(flat), COCO_DIR=str(nsd / "coco"), SURFACE_DIR=str(nsd / "surface"))
+    del common["CHALLENGE_DIR"]
+    return common | dict(EXPORT=True) | values
+
+
+@pytest.fixture(scope="module")
+def flat(nsd):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_flat, "rows_a_shard", 20)
+        patch.setattr(prepare_flat, "rows_a_group", 7)
+        run(prepare_flat, **flat_settings(nsd, nsd / "flat"))
+    return nsd / "flat"
+
+
+@pytest.fixture(scope="module")
+def truth(nsd):
+    """{number: (nsd ids, in the last three sessions, maps (n_trials, 215, 200) with NaN outside)}, pixel by pixel."""
+    found, sigma = {}, 1 / (2 * math.sqrt(2 * math.log(2)))
+    for number in trials:
+        ids, held, z, vertices = plain_trials(nsd / "nsd", nsd / "rsc", number, n_sessions[number - 1])
+        places = {h: nibabel.load(nsd / f"surface/flat_{h}.gii").darrays[0].data[:, :2].astype(float) for h in hemis}
+        places["lh"][:, 0] += -2 - places["lh"][:, 0].max()
+        places["rh"][:, 0] += 2 - places["rh"][:, 0].min()
+        points = [(*places[h][v], z[h][:, k]) for h in hemis for k, v in enumerate(vertices[h])]
+        maps = np.full((len(ids), 215, 200), np.nan)
+        for row in range(215):
+            for column in range(200):
+                px, py = -100 + column + 0.5, 95 - row - 0.5
+                near = [
+                    ((x - px) ** 2 + (y - py) ** 2, series) for x, y, series in points if abs(x - px) + abs(y - py) < 2
+                ]
+                near = [(math.exp(-d / sigma**2 / 2), series) for d, series in near if d <= (3 * sigma) ** 2]
+                if near:
+                    maps[:, row, column] = sum(w * series for w, series in near) / sum(w for w, _ in near)
+        found[number] = np.array(ids), np.array(held), maps
+    return found
+
+
+def read_png(content):
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def test_flat_files_are_the_published_format(nsd, flat, truth):
+    files = sorted(p.name for p in (flat / "data").iterdir())
+    n_test = sum(sum(n[-3:]) for n in trials.values())
+    n_train = sum(map(sum, trials.values())) - n_test
+    shards = {"train": -(-n_train // 20), "test": -(-n_test // 20)}
+    assert files == [f"{s}-{i:05d}-of-{n:05d}.parquet" for s, n in sorted(shards.items()) for i in range(n)]
+    tables = {s: pyarrow.parquet.read_table([flat / "data" / f for f in files if f.startswith(s)]) for s in shards}
+    assert (len(tables["train"]), len(tables["test"])) == (n_train, n_test)
+    objects = (
+        "struct<area: list<element: int64>, bbox: list<element: list<element: double>>, category: list<element: string>, "
+        "iscrowd: list<element: int64>, segmentation: list<element: struct<counts: string, poly: list<element: "
+        "list<element: double>>, size: list<element: int64>>>, supercategory: list<element: string>, target: "
+        "list<element: int64>>"
+    )
+    repetitions = ", ".join(f"subject{s}_rep{r}: int64" for s in range(1, 9) for r in range(3))
+    expected = dict.fromkeys(("subject_id", "trial_id", "session_id", "nsd_id"), "int64")
+    expected |= dict.fromkeys(("image", "activity"), "struct<bytes: binary, path: string>") | {"subject": "string"}
+    expected |= dict.fromkeys(("flagged", "BOLD5000", "shared1000"), "bool") | {
+        "coco_split": "string",
+        "coco_id": "int64",
+    }
+    expected |= {"objects": objects, "captions": "list<element: string>", "repetitions": f"struct<{repetitions}>"}
+    assert [(f.name, str(f.type)) for f in tables["train"].schema] == list(expected.items())
+    with open(nsd / "nsd/nsddata/experiments/nsd/nsd_stim_info_merged.csv") as file:
+        infos = list(csv.DictReader(file))
+    with h5py.File(nsd / "nsd/nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5") as file:
+        for split, table in tables.items():
+            rows = iter(table.to_pylist())
+            for number, n_trials in trials.items():
+                ids, held, maps = truth[number]
+                sessions = np.repeat(np.arange(len(n_trials)), n_trials)
+                for trial in np.flatnonzero(held == (split == "test")).tolist():
+                    row, info, i = next(rows), infos[ids[trial]], int(ids[trial])
+                    found = [row[name] for name in ("subject_id", "trial_id", "session_id", "nsd_id", "subject")]
+                    assert found == [number - 1, trial, sessions[trial], i, f"subj{number:02d}"]
+                    assert [str(row[n]) for n in ("flagged", "BOLD5000", "shared1000")] == [
+                        info[n] for n in ("flagged", "BOLD5000", "shared1000")
+                    ]
+                    assert (row["coco_split"], row["coco_id"]) == (info["cocoSplit"], int(info["cocoId"]))
+                    assert {k: str(v) for k, v in row["repetitions"].items()} == {
+                        k: info[k] for k in row["repetitions"]
+                    }
+                    assert trial + 1 in [row["repetitions"][f"subject{number}_rep{r}"] for r in range(3)]
+                    assert row["captions"] == [f"{k} of {1000 + i}" for k in range(5)]
+                    picture = Image.fromarray(file["imgBrick"][i]).resize((256, 256), Image.Resampling.BICUBIC)
+                    assert (read_png(row["image"]["bytes"]) == np.asarray(picture)).all() and row["image"][
+                        "path"
+                    ] is None
+                    level = (np.clip(maps[trial], -2.5, 2.5) + 2.5) / 5 * 255
+                    stored, inside = read_png(row["activity"]["bytes"]), ~np.isnan(level)
+                    assert stored.dtype == np.uint8 and (stored[~inside] == 127).all() and 100 < inside.sum() < 300
+                    nearly = np.floor(level[inside] - 1e-6), np.floor(level[inside] + 1e-6)  # sums in another order
+                    assert ((stored[inside] == nearly[0]) | (stored[inside] == nearly[1])).all()
+            assert next(rows, None) is None
+
+
+def test_flat_files_open_with_hugging_faces_library(flat, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    found = datasets.load_dataset(str(flat), cache_dir=str(tmp_path))
+    row = found["test"][3]
+    assert isinstance(row["image"], Image.Image) and row["image"].size == (256, 256) and row["image"].mode == "RGB"
+    assert row["activity"].size == (200, 215) and row["activity"].mode == "L"
+    assert len(found["train"]) + len(found["test"]) == sum(map(sum, trials.values()))
+
+
+def test_objects_are_what_cocos_own_tools_make():
+    """Numbers from pycocotools 2.0.11 and scikit-image 0.26, which need not be installed."""
+    square = dict(category_id=1, category="person", supercategory="person", iscrowd=0, bbox=[100, 40, 60, 80])
+    outline = [[100, 40, 160, 40, 160, 120, 100, 120]]
+    picture = {"height": 425, "width": 625, "captions": ["one"], "instances": [square | {"segmentation": outline}]}
+    objects, captions = coco.convert(picture, (0, 0, 0.2, 0.12))  # x from 125 to 550
+    assert captions == ["one"] and list(objects) == list(coco.columns)
+    assert objects["bbox"] == [[0, 40, 35, 80]] and objects["area"] == [35 * 80]
+    assert objects["segmentation"][0]["poly"] == [[0, 40, 35, 40, 35, 120, 0, 120]]
+    picture["instances"][0]["segmentation"] = [[0, 0, 9, 0, 9, 9], outline[0]]  # as published: counts the first part
+    assert coco.convert(picture, (0, 0, 0.2, 0.12))[0]["area"] == []
+
+
+def plain_activity(ids, held, maps, test):
+    """{nsd id: mean over the trials of the clipped map} of one side of the split."""
+    chosen = {i for i, h in zip(ids.tolist(), held) if h == test}
+    clipped = np.clip(maps, -2.5, 2.5)
+    return {i: clipped[(ids == i) & (held == test)].mean(0) for i in sorted(chosen)}
+
+
+def test_round_trip(nsd, flat, truth, tmp_path, capsys):
+    """Raw NSD -> NSD-Flat -> DATA_DIR: the averaged, resampled truth, less what cutting to 256 levels takes away."""
+    run(prepare_flat, FLAT_DIR=str(flat), DATA_DIR=str(tmp_path), SEED=3)
+    data = prepare_data.load(tmp_path)
+    space, inside = data.space, {n: ~np.isnan(maps[0]).ravel() for n, (_, _, maps) in truth.items()}
+    assert space.unit == "pixels" and space.rois == {} and space.subjects == ["subj01", "subj03"]
+    pixels = space.vertices.numpy()
+    left = pixels % 200 < 100
+    assert set(pixels) == set(np.flatnonzero(inside[1] | inside[3]))
+    assert left[: space.n_lh].all() and not left[space.n_lh :].any() and 0 < space.n_lh < len(pixels)
+    assert (space.mask.numpy() == [inside[1][pixels], inside[3][pixels]]).all() and not space.mask.all()
+    taught = {i for ids, held, _ in truth.values() for i in ids[~held].tolist()}
+    errors, n_test = [], 0
+    for s, number in enumerate(trials):
+        own = inside[number][pixels]
+        for test, subject, image, activity in (
+            (False, data.subject, data.image, data.activity),
+            (True, data.test_subject, data.test_image, data.test_activity),
+        ):
+            expected = plain_activity(*truth[number], test)
+            if test:
+                expected = {i: y for i, y in expected.items() if i not in taught}
+                n_test += len(expected)
+            rows = np.flatnonzero(subject == s)
+            assert data.nsd_id[image[rows]].tolist() == list(expected)
+            for row, y in zip(rows, expected.values()):
+                errors.append(activity[row][own] - y.ravel()[pixels][own])
+                assert (activity[row][~own] == 0).all()
+    errors = np.concatenate(errors)
+    assert -step - 1e-6 < errors.min() and errors.max() < 1e-6 and abs(errors.mean() + step / 2) < step / 50
+    assert n_test == len(data.test_activity) > 5
+    assert set(data.nsd_id[: data.n_training_images]) == taught
+    with h5py.File(nsd / "nsd/nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5") as file:
+        for i, picture in zip(data.nsd_id, data.images):
+            small = Image.fromarray(file["imgBrick"][i]).resize((256, 256), Image.Resampling.BICUBIC)
+            assert (picture == np.asarray(small)).all()
+    split = {}
+    for image, of in zip(data.image, data.split):
+        assert split.setdefault(image, of) == of  # one split for everybody
+    assert "not comparable" in capsys.readouterr().out
+    run(prepare_flat, FLAT_DIR=str(flat), DATA_DIR=str(tmp_path), SEED=3)
+    assert "prepared already" in capsys.readouterr().out
+    with pytest.raises(Problem, match="SEED: 3 there, 4 now"):
+        run(prepare_flat, FLAT_DIR=str(flat), DATA_DIR=str(tmp_path), SEED=4)
