@@ -148,16 +148,20 @@ def find_files(pattern):
     return files
 
 
-def read_columns(path, columns, **options):
-    """Batches of a file's columns, in pieces: memory does not grow with the file."""
+def read_columns(path, columns, optional=()):
+    """Batches of a file's columns, and of the optional ones it has; memory does not grow with the file."""
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            missing = set(columns) - set(file.schema_arrow.names)
-            if missing:
-                raise Problem(
-                    f"{path}: no column {', '.join(sorted(missing))}; found {', '.join(file.schema_arrow.names)}"
-                )
-            yield from file.iter_batches(rows_a_group, columns=columns)
+            names = file.schema_arrow.names
+            if set(columns) - set(names):
+                missing = ", ".join(sorted(set(columns) - set(names)))
+                raise Problem(f"{path}: no column {missing} among {', '.join(names)}; expected NSD-Flat's files")
+            wanted = [*columns, *(name for name in optional if name in names)]
+            for batch in file.iter_batches(rows_a_group, columns=wanted):
+                for name in wanted:
+                    if batch.column(name).null_count:
+                        raise Problem(f"{path}: {name} has empty values, expected none; download it again")
+                yield batch
     except (pyarrow.ArrowException, OSError) as error:
         raise Problem(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]}); download it again")
 
@@ -166,18 +170,18 @@ def read_columns(path, columns, **options):
 
 
 def read_trials(files):
-    """-> {"split", "subject", "nsd_id", "trial"}: (n_trials,) arrays, in the files' order, subject from 0."""
+    """-> {"test" (0 or 1), "subject" (from 0), "nsd_id", "trial"}: (n_trials,) each, in the files' order."""
     parts = []
     for split, paths in files.items():
         for path in paths:
-            names = pyarrow.parquet.read_schema(path).names if path.stat().st_size else []
-            columns = ["subject_id", "nsd_id", *(["trial_id"] if "trial_id" in names else [])]
-            for batch in read_columns(path, columns):
-                values = [column.to_numpy() for column in batch.columns]
-                values += [np.full(len(batch), -1)] * (len(columns) < 3)  # an older revision has no trial_id
-                parts.append(np.stack([np.full(len(batch), split == "test"), *values]).astype(np.int64))
+            for batch in read_columns(path, ["subject_id", "nsd_id"], ["trial_id"]):
+                names = batch.schema.names
+                trial = batch.column("trial_id").to_numpy() if "trial_id" in names else np.full(len(batch), -1)
+                values = [np.full(len(batch), split == "test")]
+                values += [batch.column(name).to_numpy() for name in ("subject_id", "nsd_id")]
+                parts.append(np.stack([*values, trial]).astype(np.int64))
     trials = dict(zip(("test", "subject", "nsd_id", "trial"), np.concatenate(parts, axis=1)))
-    known = trials["trial"] >= 0
+    known = trials["trial"] >= 0  # an older revision has none
     pairs = np.stack([trials["subject"], trials["trial"]])[:, known]
     twice = pairs.shape[1] - np.unique(pairs, axis=1).shape[1]
     if twice:

@@ -20,6 +20,7 @@ from pathlib import Path
 import h5py
 import nibabel
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import pytest
 import scipy.io
@@ -27,7 +28,6 @@ from PIL import Image
 from sklearn.preprocessing import StandardScaler
 
 import coco
-import flatmap
 import prepare_data
 import prepare_flat
 import prepare_nsd
@@ -699,16 +699,37 @@ def test_flat_files_open_with_hugging_faces_library(flat, tmp_path):
 
 
 def test_objects_are_what_cocos_own_tools_make():
-    """Numbers from pycocotools 2.0.11 and scikit-image 0.26, which need not be installed."""
-    square = dict(category_id=1, category="person", supercategory="person", iscrowd=0, bbox=[100, 40, 60, 80])
-    outline = [[100, 40, 160, 40, 160, 120, 100, 120]]
-    picture = {"height": 425, "width": 625, "captions": ["one"], "instances": [square | {"segmentation": outline}]}
+    """Areas and texts from pycocotools 2.0.11, which need not be installed."""
+    outline = [100, 40, 160, 40, 160, 120, 100, 120]
+    instance = dict(category_id=1, category="person", supercategory="person", iscrowd=0, bbox=[100, 40, 60, 80])
+    picture = {"height": 425, "width": 625, "captions": ["one"], "instances": [instance | {"segmentation": [outline]}]}
     objects, captions = coco.convert(picture, (0, 0, 0.2, 0.12))  # x from 125 to 550
     assert captions == ["one"] and list(objects) == list(coco.columns)
     assert objects["bbox"] == [[0, 40, 35, 80]] and objects["area"] == [35 * 80]
-    assert objects["segmentation"][0]["poly"] == [[0, 40, 35, 40, 35, 120, 0, 120]]
-    picture["instances"][0]["segmentation"] = [[0, 0, 9, 0, 9, 9], outline[0]]  # as published: counts the first part
+    assert objects["segmentation"][0] == {"counts": None, "poly": [[0, 40, 35, 40, 35, 120, 0, 120]], "size": None}
+    picture["instances"][0]["segmentation"] = [[0, 0, 9, 0, 9, 9], outline]  # as published: counts the first part
     assert coco.convert(picture, (0, 0, 0.2, 0.12))[0]["area"] == []
+    for polygon, area in (
+        ([10.25, 20.5, 200.75, 31.1, 180.3, 222.22, 95.5, 300.01, 12, 250.6], 43028),
+        ([0, 0, 425, 0, 425, 100.4, 30.3, 425, 0, 425], 116549),
+        ([300.2, 10.1, 310.9, 400.3, 305.5, 120.2, 424.99, 200.7], 6814),
+        ([7.1, 7.1, 7.9, 7.2, 7.6, 8.3], 1),
+        ([50, 50, 50, 50, 50, 90.5, 50, 50], 0),  # no width, and points twice, as clipping makes them
+    ):
+        picture = {"height": 425, "width": 425, "captions": [], "instances": [instance | {"segmentation": [polygon]}]}
+        assert coco.convert(picture, (0, 0, 0, 0))[0]["area"] == [area] * (area > 0)
+    mask = np.zeros((425, 425), int)
+    mask[:, :2] = mask[100:300, 5:17] = mask[424, 424] = 1
+    wide = np.zeros((850, 1000), int)  # twice as large, with what is cut away
+    wide[:, 100:950] = mask.repeat(2, 0).repeat(2, 1)
+    flat = wide.T.ravel().tolist()
+    starts = [0, *(i for i in range(1, len(flat)) if flat[i] != flat[i - 1]), len(flat)]
+    crowd = {"size": [850, 1000], "counts": [b - a for a, b in zip(starts, starts[1:])]}
+    picture = {"height": 850, "width": 1000, "captions": [], "instances": [instance | {"segmentation": crowd}]}
+    objects, _ = coco.convert(picture, (0, 0, 0.1, 0.05))
+    assert objects["area"] == [mask.sum()]
+    text = "0bj0oZ1f[ORlN000000000000000000000cWY5iI"
+    assert objects["segmentation"] == [{"counts": text, "poly": None, "size": [425, 425]}]
 
 
 def plain_activity(ids, held, maps, test):
@@ -762,3 +783,144 @@ def test_round_trip(nsd, flat, truth, tmp_path, capsys):
     assert "prepared already" in capsys.readouterr().out
     with pytest.raises(Problem, match="SEED: 3 there, 4 now"):
         run(prepare_flat, FLAT_DIR=str(flat), DATA_DIR=str(tmp_path), SEED=4)
+
+
+@pytest.fixture(scope="module")
+def flat_data(nsd, flat):
+    """DATA_DIR from the files of the fixture above."""
+    run(prepare_flat, FLAT_DIR=str(flat), DATA_DIR=str(nsd / "flat_data"))
+    return nsd / "flat_data"
+
+
+def arrays_of(folder):
+    """What was prepared, in an order that does not depend on the files'."""
+    data = prepare_data.load(folder)
+    order = np.argsort(data.nsd_id[data.image] + n_stimuli * data.subject)
+    test = np.argsort(data.nsd_id[data.test_image] + n_stimuli * data.test_subject)
+    found = [
+        data.activity[order],
+        data.test_activity[test],
+        data.images[data.image[order]],
+        data.nsd_id[data.image[order]],
+    ]
+    return [*found, data.images[data.test_image[test]], data.space.vertices.numpy(), data.space.mask.numpy()]
+
+
+def test_files_of_other_revisions(flat, flat_data, tmp_path):
+    """No trial_id, one file with one large group of rows, other columns and order; chosen by a glob."""
+    tables = {s: pyarrow.parquet.read_table(sorted(flat.glob(f"data/{s}-*"))) for s in ("train", "test")}
+    for split, table in tables.items():
+        table = table.select(["activity", "nsd_id", "image", "subject_id"])[::-1]
+        (tmp_path / "old" / split).mkdir(parents=True)
+        pyarrow.parquet.write_table(table, tmp_path / "old" / split / f"{split}.parquet")
+    run(prepare_flat, FLAT_DIR=str(tmp_path / "old/*/*.parquet"), DATA_DIR=str(tmp_path / "data"))
+    for found, expected in zip(arrays_of(tmp_path / "data"), arrays_of(flat_data)):
+        assert (found == expected).all()
+
+
+def test_one_subject_of_the_files(flat, flat_data, tmp_path):
+    run(prepare_flat, FLAT_DIR=str(flat), DATA_DIR=str(tmp_path), SUBJECTS="subj03")
+    one, both = prepare_data.load(tmp_path), prepare_data.load(flat_data)
+    assert one.space.subjects == ["subj03"] and one.space.mask.all()
+    has = both.space.mask[1].numpy()
+    assert (one.activity == both.activity[both.subject == 1][:, has]).all()
+    assert (one.test_activity == both.test_activity[both.test_subject == 1][:, has]).all()
+    assert (one.images[one.image] == both.images[both.image[both.subject == 1]]).all()
+    with pytest.raises(Problem, match="expected some of subj01, subj03"):
+        run(prepare_flat, FLAT_DIR=str(flat), DATA_DIR=str(tmp_path), SUBJECTS="subj02", OVERWRITE=True)
+
+
+def change_column(path, name, values):
+    """The Parquet file with another column; values: of the old ones."""
+    table = pyarrow.parquet.read_table(path)
+    old = table[name].to_pylist()
+    column = pyarrow.array(values(old), table.schema.field(name).type)
+    pyarrow.parquet.write_table(table.set_column(table.schema.names.index(name), name, column), path)
+
+
+def small_png(shape):
+    file = io.BytesIO()
+    Image.fromarray(np.zeros(shape, np.uint8)).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: path.unlink(), "train lacks shards 1;"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a whole Parquet file"),
+        (lambda path: path.write_bytes(b""), "not a whole Parquet file"),
+        (lambda path: shutil.copy(path, path.with_name("train-copy.parquet")), "trials occur twice"),
+        (lambda path: path.rename(path.with_name("validation.parquet")), "validation.parquet start with neither"),
+        (
+            lambda path: change_column(path, "activity", lambda v: [small_png((200, 215)), *v[1:]]),
+            r"map of uint8 .200, 215.",
+        ),
+        (lambda path: change_column(path, "activity", lambda v: [{"bytes": b"PNG"}, *v[1:]]), "damaged activity map"),
+        (lambda path: change_column(path, "image", lambda v: [{"bytes": b"PNG"}] * len(v)), "damaged picture"),
+        (
+            lambda path: change_column(path, "image", lambda v: [small_png((9, 8, 3))] * len(v)),
+            "8 x 9 px, expected a square",
+        ),
+        (lambda path: change_column(path, "nsd_id", lambda v: [None, *v[1:]]), "nsd_id has empty values"),
+        (lambda path: pyarrow.parquet.write_table(pyarrow.table({"nsd_id": [1]}), path), "no column subject_id"),
+    ],
+)
+def test_damaged_flat_files_are_refused(damage, message, flat, flat_data, tmp_path):
+    """And what was prepared before stays."""
+    shutil.copytree(flat, tmp_path / "flat")
+    shutil.copytree(flat_data, tmp_path / "data")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "data").iterdir() if p.name != ".lock"}
+    damage(sorted(tmp_path.glob("flat/data/train-*"))[1])
+    with pytest.raises(Problem, match=message):
+        run(prepare_flat, FLAT_DIR=str(tmp_path / "flat"), DATA_DIR=str(tmp_path / "data"), OVERWRITE=True)
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "data").iterdir() if p.name != ".lock"}
+
+
+def test_export_goes_on_where_it_ended(nsd, flat, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_flat, "rows_a_shard", 20)
+    monkeypatch.setattr(prepare_flat, "rows_a_group", 7)
+    calls, png = [], prepare_flat.png
+
+    def break_off(values):
+        calls.append(values)
+        if len(calls) > 2 * 30:  # two pictures a trial: in the second file
+            raise KeyboardInterrupt
+        return png(values)
+
+    monkeypatch.setattr(prepare_flat, "png", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(prepare_flat, **flat_settings(nsd, tmp_path))
+    [first] = tmp_path.glob("data/*")
+    date, n_calls = first.stat().st_mtime_ns, len(calls)
+    monkeypatch.setattr(prepare_flat, "png", png)
+    run(prepare_flat, **flat_settings(nsd, tmp_path))
+    assert first.stat().st_mtime_ns == date
+    files = sorted(p.name for p in flat.glob("data/*"))
+    assert files == sorted(p.name for p in tmp_path.glob("data/*"))
+    for name in files:
+        assert pyarrow.parquet.read_table(tmp_path / "data" / name) == pyarrow.parquet.read_table(flat / "data" / name)
+    with pytest.raises(Problem, match="not made from these data"):
+        run(prepare_flat, **flat_settings(nsd, tmp_path, RSC_DIR=""))
+
+
+def test_what_an_export_lacks_is_told_at_once(nsd, tmp_path):
+    root = copy_of(nsd, tmp_path / "nsd")
+    info = "nsddata/experiments/nsd/nsd_stim_info_merged.csv"
+    (root / info).unlink()
+    (tmp_path / "surface").mkdir()
+    values = dict(NSD_DIR=str(root), COCO_DIR=str(tmp_path), SURFACE_DIR=str(tmp_path / "surface"))
+    with pytest.raises(Problem) as found:
+        run(prepare_flat, **flat_settings(nsd, tmp_path / "flat", **values))
+    text = str(found.value)
+    assert f"s3://natural-scenes-dataset/{info}" in text
+    assert all(
+        f"{tmp_path}/{kind}_{s}2017.json" in text for kind in ("instances", "captions") for s in ("train", "val")
+    )
+    assert all(f"{tmp_path}/surface/flat_{hemi}.gii" in text for hemi in hemis)
+
+
+def test_nilearns_surface_is_said_to_be_another(nsd, tmp_path, capsys):
+    run(prepare_flat, **flat_settings(nsd, tmp_path, SURFACE_DIR="", SUBJECTS="subj03"))
+    assert "these pixels are not the published ones" in capsys.readouterr().out
+    assert pyarrow.parquet.read_metadata(next(tmp_path.glob("data/train-*"))).num_rows == 25
