@@ -440,7 +440,7 @@ def missing_vertices(person, mask):
     with tqdm(total=total, desc=f"{person.name}: looking for missing vertices", unit="session") as bar:
         for hemi in hemis:
             for session, n in enumerate(person.n_trials, start=1):
-                path = Path(NSD_DIR) / prepare_nsd.betas_file(person.name, hemi, session)
+                path = Path(NSD_DIR) / prepare_nsd.betas_file.format(person.name, hemi, session)
                 missing[hemi] |= np.isnan(prepare_nsd.read_trials(path, n, mask[hemi])).any(0)
                 bar.update()
     return missing
@@ -450,7 +450,7 @@ def session_maps(person, session, start, stop, vertices, weights):
     """Maps (stop - start, 215, 200) uint8 of some trials of a session (from 0)."""
     sides = []
     for hemi in hemis:
-        path = Path(NSD_DIR) / prepare_nsd.betas_file(person.name, hemi, session + 1)
+        path = Path(NSD_DIR) / prepare_nsd.betas_file.format(person.name, hemi, session + 1)
         sides.append(prepare_nsd.read_trials(path, person.n_trials[session], vertices[hemi]))
         prepare_nsd.zscore(sides[-1])
     maps = np.full((stop - start, weights.shape[0]), outside, np.uint8)

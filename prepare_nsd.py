@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import prepare_data
-from common import Problem, check_disk, check_least, fingerprint, run_script
+from common import Problem, check_disk, check_least, fingerprint, run_script, sole_writer
 from prepare_data import Findings, hemis, n_fsaverage, roi_groups
 
 NSD_DIR = "nsd"  # what was downloaded of s3://natural-scenes-dataset, same paths below
@@ -55,6 +55,14 @@ n_vertices = {"lh": [19004] * 5 + [18978, 19004, 18981], "rh": [20544] * 5 + [20
 mgh_header = 284  # bytes before the values
 stimuli, stimuli_bytes = "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5", 39.6e9
 design_file = "nsddata/experiments/nsd/nsd_expdesign.mat"
+mask_file = "nsddata/freesurfer/fsaverage/label/{}.nsdgeneral.mgz"  # of a hemisphere
+betas_file = (
+    "nsddata_betas/ppdata/{}/fsaverage/betas_fithrf_GLMdenoise_RR/{}.betas_session{:02d}.mgh"  # sessions from 1
+)
+ceiling_file = "nsddata_betas/ppdata/{}/fsaverage/betas_fithrf_GLMdenoise_RR/{}.ncsnr.mgh"
+label_file = "nsddata/freesurfer/{}/label/{}"
+transform_file = "nsddata/ppdata/{}/transforms/{}.white-to-fsaverage.mgz"
+shared_files = (stimuli, design_file, *map(mask_file.format, hemis))
 note = "prepare_nsd.json"  # in a subject's folder: what made it
 
 
@@ -72,43 +80,15 @@ class Person:
     shown: np.ndarray  # (n_trials,) nsd id of every trial, 0-based
 
 
-def betas_file(name, hemi, session):
-    """session: from 1."""
-    return f"{betas_dir(name)}/{hemi}.betas_session{session:02d}.mgh"
-
-
 def betas_files(name, n_sessions):
-    return [betas_file(name, hemi, session) for session in range(1, n_sessions + 1) for hemi in hemis]
-
-
-def betas_dir(name):
-    return f"nsddata_betas/ppdata/{name}/fsaverage/betas_fithrf_GLMdenoise_RR"
-
-
-def ceiling_file(name, hemi):
-    return f"{betas_dir(name)}/{hemi}.ncsnr.mgh"
-
-
-def mask_file(hemi):
-    return f"nsddata/freesurfer/fsaverage/label/{hemi}.nsdgeneral.mgz"
-
-
-def label_dir(name):
-    return f"nsddata/freesurfer/{name}/label"
-
-
-def transform_file(name, hemi):
-    return f"nsddata/ppdata/{name}/transforms/{hemi}.white-to-fsaverage.mgz"
+    return [betas_file.format(name, hemi, session) for session in range(1, n_sessions + 1) for hemi in hemis]
 
 
 def label_files(name):
     """What a person's ROIs and noise ceilings are made from."""
-    names = [*(f"{hemi}.{group}.mgz" for group in roi_groups for hemi in hemis), *(f"{g}.mgz.ctab" for g in roi_groups)]
-    files = [f"{label_dir(name)}/{file}" for file in names] + [transform_file(name, hemi) for hemi in hemis]
-    return files + [ceiling_file(name, hemi) for hemi in hemis]
-
-
-shared_files = (stimuli, design_file, *map(mask_file, hemis))
+    files = [label_file.format(name, f"{hemi}.{group}.mgz") for group in roi_groups for hemi in hemis]
+    files += [label_file.format(name, f"{group}.mgz.ctab") for group in roi_groups]
+    return files + [path.format(name, hemi) for path in (transform_file, ceiling_file) for hemi in hemis]
 
 
 def choose_subjects(root, names):
@@ -160,7 +140,7 @@ def survey(root, people, n_sessions, rsc_dir, n_bytes, output, *, labels=True, m
     for name, number in people:
         n_trials = []
         for session in range(1, counts[name] + 1):
-            paths = [betas_file(name, hemi, session) for hemi in hemis]
+            paths = [betas_file.format(name, hemi, session) for hemi in hemis]
             with findings.collect():
                 found = [count_trials(root / path) for path in paths if path not in missing]
                 if len(set(found)) > 1:
@@ -206,7 +186,7 @@ def refuse(root, missing, findings, counts, disk, output, n_sessions):
         )
         there = [*n_sessions]
         for name, n in counts.items():
-            gaps = [s for s in range(1, n + 1) if any(betas_file(name, hemi, s) in missing for hemi in hemis)]
+            gaps = [s for s in range(1, n + 1) if any(betas_file.format(name, hemi, s) in missing for hemi in hemis)]
             if gaps:
                 text.append(f"{name}: {n - len(gaps)} of {n} sessions are there, missing {show_ranges(gaps)}")
                 there[int(name[-2:]) - 1] = gaps[0] - 1
@@ -328,12 +308,12 @@ def read_mask(root, rsc_dir):
     """{hemi: fsaverage vertices (n,)} of nsdgeneral and, where its folder is given, the retrosplenial mask."""
     vertices = {}
     for hemi in hemis:
-        inside = read_surface(Path(root) / mask_file(hemi), n_fsaverage) > 0  # elsewhere it is 0 or -1
+        inside = read_surface(Path(root) / mask_file.format(hemi), n_fsaverage) > 0  # elsewhere it is 0 or -1
         if rsc_dir:
             inside |= read_surface(Path(rsc_dir) / f"{hemi}.nsdgeneralRSC.mgz", n_fsaverage) > 0
         vertices[hemi] = np.flatnonzero(inside)
         if not len(vertices[hemi]):
-            raise Problem(f"{Path(root) / mask_file(hemi)}: nothing above 0, expected the nsdgeneral mask")
+            raise Problem(f"{Path(root) / mask_file.format(hemi)}: nothing above 0, expected the nsdgeneral mask")
     if not rsc_dir:
         print(
             f"RSC_DIR is empty: nsdgeneral alone, {len(vertices['lh'])} + {len(vertices['rh'])} vertices. The "
@@ -344,17 +324,17 @@ def read_mask(root, rsc_dir):
 
 def read_labels(root, name, group):
     """{hemi: labels on fsaverage (163842,) int64}, {label: ROI name} of one person."""
-    folder, labels = Path(root) / label_dir(name), {}
+    labels = {}
     for hemi in hemis:
-        native = read_surface(folder / f"{hemi}.{group}.mgz")
-        path = Path(root) / transform_file(name, hemi)
+        native = read_surface(Path(root) / label_file.format(name, f"{hemi}.{group}.mgz"))
+        path = Path(root) / transform_file.format(name, hemi)
         index = read_surface(path, n_fsaverage).astype(np.int64)  # from 1
         if index.min() < 1 or index.max() > len(native):
             raise Problem(
                 f"{path}: vertices {index.min()} to {index.max()}, expected 1 to {len(native)} as in {hemi}.{group}.mgz"
             )
         labels[hemi] = native[index - 1].astype(np.int64)
-    path = folder / f"{group}.mgz.ctab"
+    path = Path(root) / label_file.format(name, f"{group}.mgz.ctab")
     try:
         lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         names = {int(line[0]): line[1] for line in lines}
@@ -392,7 +372,7 @@ def average_betas(root, person, hemi, vertices, rows, bar):
     missing, constant = np.zeros((2, len(vertices)), bool)
     start = 0
     for session, n in enumerate(person.n_trials, start=1):
-        betas = read_trials(Path(root) / betas_file(person.name, hemi, session), n, vertices)
+        betas = read_trials(Path(root) / betas_file.format(person.name, hemi, session), n, vertices)
         missing |= np.isnan(betas).any(0)
         constant |= zscore(betas)
         for row, trial in zip(rows[start : start + n], betas):
@@ -421,7 +401,7 @@ def write_subject(root, person, design, mask, folder, workers):
             )
             if len(test):
                 write_rows(folder / f"test_split/test_fmri/{hemi}_test_fmri.npy", means[len(training) :], ~missing)
-                signal = read_surface(Path(root) / ceiling_file(person.name, hemi), n_fsaverage)
+                signal = read_surface(Path(root) / ceiling_file.format(person.name, hemi), n_fsaverage)
                 signal = signal[own[hemi]].astype(np.float64) ** 2
                 ceiling = signal / (signal + np.mean(1 / n_showings))
                 save(folder / f"test_split/noise_ceiling/{hemi}_noise_ceiling.npy", ceiling)
@@ -568,34 +548,41 @@ def main():
     check_least(globals(), WORKERS=0)
     root, output = Path(NSD_DIR), Path(CHALLENGE_DIR)
     people = choose_subjects(root, SUBJECTS)
-    made, settings, inputs = {}, {}, {}
-    for name, number in people:
-        settings[name] = {"n_sessions": count_sessions(number, N_SESSIONS), "retrosplenial": bool(RSC_DIR)}
-        inputs[name] = inputs_of(root, name, settings[name]["n_sessions"], RSC_DIR)
-        if (output / name).exists() and not OVERWRITE:
-            made[name] = read_note(output / name, settings[name], inputs[name])
-            print(f"{output / name} is there already, made from these files; --overwrite true makes it anew")
-    people = [(name, number) for name, number in people if name not in made]
-    if people:
-        persons, design = survey(root, people, N_SESSIONS, RSC_DIR, folder_bytes, output)
-        mask = read_mask(root, RSC_DIR)
-        for person in persons:
-            aside = output / f".{person.name}.partial"
-            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-            try:
-                counts = write_subject(root, person, design, mask, aside, WORKERS)
-                counts |= settings[person.name] | {"n_trials": len(person.shown), "inputs": inputs[person.name]}
-                (aside / note).write_text(json.dumps(counts))
-            except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
-                raise
-            os.sync()  # before the name says that it is whole
-            if (output / person.name).exists():
-                shutil.rmtree(output / person.name)
-            os.replace(aside, output / person.name)
-            made[person.name] = counts
-            print(f"wrote {output / person.name}")
+    with sole_writer(output, "prepare_nsd.py"):
+        made, settings, inputs = {}, {}, {}
+        for name, number in people:
+            settings[name] = {"n_sessions": count_sessions(number, N_SESSIONS), "retrosplenial": bool(RSC_DIR)}
+            inputs[name] = inputs_of(root, name, settings[name]["n_sessions"], RSC_DIR)
+            if (output / name).exists() and not OVERWRITE:
+                made[name] = read_note(output / name, settings[name], inputs[name])
+                print(f"{output / name} is there already, made from these files; --overwrite true makes it anew")
+        todo = [(name, number) for name, number in people if name not in made]
+        if todo:
+            persons, design = survey(root, todo, N_SESSIONS, RSC_DIR, folder_bytes, output)
+            mask = read_mask(root, RSC_DIR)
+            for person in persons:
+                about = settings[person.name] | {"n_trials": len(person.shown), "inputs": inputs[person.name]}
+                made[person.name] = replace_folder(output / person.name, about, root, person, design, mask)
     report(dict(sorted(made.items())))
+
+
+def replace_folder(folder, about, root, person, design, mask):
+    """A subject's folder, whole or not at all. about: what its note says beside the counts -> the note."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    try:
+        about |= write_subject(root, person, design, mask, aside, WORKERS)
+        (aside / note).write_text(json.dumps(about))
+        if hasattr(os, "sync"):  # not on Windows
+            os.sync()  # before the name says that it is whole
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    print(f"wrote {folder}")
+    return about
 
 
 if __name__ == "__main__":
