@@ -286,9 +286,7 @@ def zscore(betas, block=4096):
         columns = slice(start, start + block)
         y = betas[:, columns].astype(np.float64)
         y -= y.mean(0)
-        deviation = np.sqrt(np.square(y).mean(0))
-        y /= np.where(constant[columns], 1, deviation)
-        y[:, constant[columns]] = 0
+        y /= np.where(constant[columns], 1, np.sqrt(np.square(y).mean(0)))  # a constant's mean is itself, exactly
         betas[:, columns] = y
     return constant
 

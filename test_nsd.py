@@ -127,7 +127,7 @@ def simulate_subject(root, number, masks, rng):
         gain, level = rng.uniform(0.5, 4, len(vertices)), rng.normal(0, 30, len(vertices))
         for session, n in enumerate(trials[number], start=1):
             series = level + rng.normal(0, 3) + gain * rng.standard_normal((n, len(vertices)))
-            series[:, 5] = 1 / 3  # whose mean is not itself in floating point
+            series[:, 5] = 1 / 3
             if session == 2:
                 series[:, 7] = 0.1
             if session == len(trials[number]) and (number, hemi) == (3, "rh"):
@@ -343,6 +343,7 @@ def test_challenge_folder_is_the_derivation(number, nsd, derived):
         found = np.load(folder / name)
         kind = np.float32 if name.endswith("_fmri.npy") else np.float64 if "ceiling" in name else np.int64
         assert found.dtype == kind and found.shape == expected.shape, name
+        assert (found[:, (expected == 0).all(0)] == 0).all() if "_fmri" in name else True, name  # constant vertices
         # means of up to three numbers, each rounded to float32
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 if "fmri" in name else 0, err_msg=name)
     with h5py.File(nsd / "nsd/nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5") as file:
