@@ -501,7 +501,8 @@ def write_npy_header(file, shape, dtype):
 
 
 def write_prepared(
-    data_dir, *, space, samples, splits, nsd_id, n_training_images, dtype, activity, images, inputs, made_with, script
+    data_dir, *, space, samples, splits, nsd_id, n_training_images, dtype, activity, images, inputs, made_with, script,
+    test_activity=None,
 ):  # fmt: skip
     """Write DATA_DIR as load() reads it: whole or not at all, by one process, old data kept until the end.
 
@@ -509,7 +510,7 @@ def write_prepared(
     (n_test_samples,)}, as in Prepared. splits: "pictures", or how else they were made. nsd_id
     (n_images,). activity: blocks (n, n_vertices) of n_samples rows together, stored as dtype; images:
     n_images pictures (256, 256, 3) uint8. Both are taken one by one, so that memory does not grow with
-    them. inputs: {name: value} of all that decides the result; made_with: the script's constants.
+    them; test_activity likewise, of the n_test_samples, where it comes with the data. inputs: {name: value} of all that decides the result; made_with: the script's constants.
     """
     data_dir = Path(data_dir)
     n_samples, n_images, dtype = len(samples["subject"]), len(nsd_id), np.dtype(dtype)
@@ -517,14 +518,21 @@ def write_prepared(
         if is_sole:
             for leftover in data_dir.glob(".*.partial"):  # of a run that was killed
                 leftover.unlink()
-        check_disk(data_dir, n_images * picture_size**2 * 3 + n_samples * space.n_vertices * dtype.itemsize)
-        digests = {name: hashlib.blake2b() for name in ("activity.npy", "images.npy")}
+        arrays = {"activity.npy": (activity, n_samples)}
+        if test_activity is not None:
+            arrays["test_activity.npy"] = (test_activity, len(samples["test_subject"]))
+        n_rows = sum(n for _, n in arrays.values())
+        check_disk(data_dir, n_images * picture_size**2 * 3 + n_rows * space.n_vertices * dtype.itemsize)
+        digests = {name: hashlib.blake2b() for name in (*arrays, "images.npy")}
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context(write_whole(data_dir / name, digests[name])) for name in digests}
-            write_array(files["activity.npy"], activity, (n_samples, space.n_vertices), dtype)
+            for name, (blocks, n) in arrays.items():
+                write_array(files[name], blocks, (n, space.n_vertices), dtype)
             pictures = (picture[None] for picture in images)
             write_array(files["images.npy"], pictures, (n_images, picture_size, picture_size, 3), np.dtype(np.uint8))
             (data_dir / "prepared.pt").unlink(missing_ok=True)  # from here to its return DATA_DIR is unfinished
+        for stale in {"test_activity.npy"} - arrays.keys():  # of other data before
+            (data_dir / stale).unlink(missing_ok=True)
         nsd_id = np.asarray(nsd_id, np.int64)
         facts = (space.subjects, space.n_lh, space.vertices, space.mask, splits, nsd_id)
         content = {
@@ -575,6 +583,7 @@ class Prepared:
     nsd_id: np.ndarray  # (n_images,) int64, of NSD's 73,000 pictures, counted from 0
     n_training_images: int  # the first rows of images; the rest occurs in tests only
     fingerprint: str
+    test_activity: np.ndarray | None = None  # (n_test_samples, n_vertices), mapped; NSD-Flat's, the challenge's is elsewhere
 
     def samples(self, split, subject=None):
         """Row numbers of a split, in order; of one subject (an index) or of all."""
@@ -610,7 +619,7 @@ def load(folder):
                 f"{folder / name} is {found}, prepared.pt expects {expected}: files of different runs. python "
                 f"prepare_data.py --data_dir {folder} --overwrite true makes new ones"
             )
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "activity")}
+    arrays = {Path(name).stem: np.load(folder / name, mmap_mode="r") for name in content["files"]}
     samples = {name: v.numpy() for name, v in content["samples"].items()}
     return Prepared(
         space=Space(**content["space"]), nsd_id=content["nsd_id"].numpy(), **arrays, **samples,
