@@ -9,11 +9,13 @@ activity are random at full resolution: no data is needed. Parts:
     pca       group PCA against scikit-learn's randomised PCA, each in a process of its own
     prepare   decoding and resizing on one core and on all
     host      peak host memory of stages 1 to 4 on a simulated challenge folder of HOST_SIZE
+    processes a phase-1 step in 1, 2, … processes (torchrun), what they say to each other, and memory
     scaling   cost at 1/8, 1/4, 1/2 and full size, as far as MAX_SIZE lets it
 """
 
 import gc
 import itertools
+import json
 import multiprocessing
 import os
 import platform
@@ -35,12 +37,13 @@ import demo
 import finetune
 import fit_pca
 import prepare_data
+import processes
 import train_head
 import training
 from common import Problem, choose_device, choose_precision, constants, peak_resident, run_script, versions
 from model import Crops, Encoder, Head, Trunk, autocast, picture_size, smallest_crop
 
-PARTS = "step,memory,pca,prepare,host,scaling"  # which of these to run
+PARTS = "step,memory,pca,prepare,host,processes,scaling"  # which of these to run
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 PRECISION = "auto"  # auto, bfloat16, float16 or float32
 TRUNK = train_head.TRUNK  # timm name; weights are random, which costs the same
@@ -56,6 +59,7 @@ SCALING_PCA_DIM = 256  # components of the PCA in part scaling
 N_PICTURES = 512  # PNG files of parts prepare, host and scaling
 TEMPORARY = ""  # folder for simulated data (5 GB at full size, part host 32 GB); empty: the system's
 
+process_pictures = 8192  # of part processes: 1.6 GB
 n_vertices = {"lh": 19_004, "rh": 20_544}  # subjects 6 and 8 of the challenge lack some of them
 n_missing = {6: {"lh": 26, "rh": 324}, 8: {"lh": 23, "rh": 14}}
 full = SimpleNamespace(samples=63_800, vertices=sum(n_vertices.values()), images=68_000, subjects=8, pca_dim=2048, latent_dim=1024)
@@ -139,7 +143,7 @@ def write_activity(path, n_samples, n_vertices):
 class Phase:
     """One phase's step, built from the real parts."""
 
-    def __init__(self, stage, batch_size, device, precision, n_images):
+    def __init__(self, stage, batch_size, device, precision, n_images, images=None):
         self.settings = SimpleNamespace(**constants(vars(stage)) | {"BATCH_SIZE": batch_size})
         self.device, self.precision = device, precision
         trunk = Trunk(TRUNK, LAYERS, pretrained=False)
@@ -152,7 +156,7 @@ class Phase:
         self.data = RandomData(8 * batch_size, n_images)
         n = len(self.data.subject)
         pca = SimpleNamespace(latents=torch.randn(n, full.pca_dim).half(), residual=torch.rand(n))
-        self.images = random_images(n_images)
+        self.images = random_images(n_images) if images is None else images
         self.batches = training.Batches(self.data, pca, self.images, self.settings, device, vertex_space=False)
         self.stream = self.batches(0, 10**9)
         self.crops = Crops(trunk, smallest_crop(0.8), device=device)
@@ -444,6 +448,74 @@ def part_host(folder):
         row(f"{stage}.py at {HOST_SIZE:g} of the full size: peak host memory", f"{found[2]} GB", note)
 
 
+# ---- part processes -----------------------------------------------------------------------------
+
+
+def part_processes(device, batch_size, folder):
+    """Every arrangement is a run of this part under torchrun, in turn, twice; the faster run of each counts."""
+    np.save(Path(folder) / "images.npy", random_images(process_pictures))
+    cores = os.cpu_count()
+    if device.type == "cuda":
+        counts = [n for n in (1, 2, 4, 8, 16) if n <= torch.cuda.device_count() and batch_size % n == 0]
+        arrangements = {f"{n} GPUs": (n, 0) for n in counts}
+    else:
+        counts = [n for n in (2, 4, 8, 16, 32) if n <= cores and batch_size % n == 0]
+        arrangements = {"1 process of 1 thread": (1, 1), f"1 process of {cores} threads": (1, cores)}
+        arrangements |= {f"{n} processes of 1 thread": (n, 1) for n in counts}
+    best = {}
+    for name, (n, threads) in 2 * list(arrangements.items()):
+        run = run_processes(n, threads, batch_size, folder)
+        best[name] = min(best.get(name, run), run, key=lambda run: run["step"])
+    unit = next(iter(best.values()))["step"]
+    for name, run in best.items():
+        note = f"times as fast ({run['step']:.2f} s), {run['said'] / run['step']:.3f} of it for what processes exchange"
+        row(f"phase-1 step, batch {batch_size}, {name}", f"{unit / run['step']:.2f}", note)
+    if device.type != "cuda" and counts:
+        ratio = best["2 processes of 1 thread"]["step"] / best[f"1 process of {cores} threads"]["step"]
+        row(f"  two processes of one thread, of one of {cores}", f"{ratio:.3f}", "of the time; wanted 1.1 at most on two cores")
+    pictures = process_pictures * picture_size**2 * 3 / 1e9
+    memory = best[name]["memory"]
+    row(f"  memory of {name}", f"{memory:.1f} GB", f"together; {memory - pictures:.1f} GB without the pictures")
+
+
+def run_processes(n, threads, batch_size, folder):
+    """-> what measure_processes() found in n processes of so many threads each (0: torchrun's choice)."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", __file__, "--parts=processes"]
+    command += [f"--temporary={folder}", f"--batch_size={batch_size}", f"--device={DEVICE}", f"--precision={PRECISION}"]
+    command += [f"--trunk={TRUNK}", f"--layers={LAYERS}", f"--repeats={REPEATS}"]
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise Problem(f"{n} processes failed: {done.stderr[-2000:]}")
+    return json.loads(re.search(r"measured: (.*)", done.stdout)[1])
+
+
+def measure_processes(device, precision):
+    """One of the processes of an arrangement: seconds a step, of it for what they exchange, GB of all together."""
+    pictures = np.load(Path(TEMPORARY) / "images.npy", mmap_mode="r")
+    data = SimpleNamespace(images=pictures, n_training_images=len(pictures), read_training_images=lambda: np.array(pictures))
+    phase = Phase(train_head, BATCH_SIZE, device, precision, len(pictures), training.read_pictures(data))
+    exchanged = []
+
+    def timed(function):
+        def call(*arguments):
+            results = []
+            exchanged.append(clock(device, lambda: results.append(function(*arguments))))
+            return results[0]
+
+        return call
+
+    phase.run(1)
+    processes.barrier()
+    seconds = clock(device, lambda: phase.run(REPEATS)) / REPEATS
+    for name in ("gather_rows", "average_gradients"):
+        setattr(processes, name, timed(getattr(processes, name)))
+    phase.run(REPEATS)
+    found = re.search(r"Pss:\s*(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
+    memory = sum(processes.gather_objects(int(found[1]) * 1024 / 1e9))  # proportional: shared pages count once
+    print("measured:", json.dumps({"step": seconds, "said": sum(exchanged) / REPEATS, "memory": memory}))
+
+
 # ---- part scaling -------------------------------------------------------------------------------
 
 
@@ -482,8 +554,10 @@ def part_scaling(device, batch_size, folder):
 def main():
     device = choose_device(DEVICE)
     precision = choose_precision(PRECISION, device)
+    if processes.launched():
+        return measure_processes(device, precision)
     parts = {name.strip() for name in PARTS.split(",")}
-    known = {"step", "memory", "pca", "prepare", "host", "scaling"}
+    known = {"step", "memory", "pca", "prepare", "host", "processes", "scaling"}
     if not parts <= known:
         raise Problem(f"PARTS is {PARTS!r}, expected some of {', '.join(sorted(known))}")
     batch_size = BATCH_SIZE or (512 if device.type == "cuda" else 32)
@@ -495,11 +569,11 @@ def main():
     if "memory" in parts:
         part_memory(device, precision)
     for name, part in (("pca", lambda f: part_pca(device, f)), ("prepare", part_prepare),
-                       ("host", part_host), ("scaling", lambda f: part_scaling(device, batch_size, f))):  # fmt: skip
+                       ("host", part_host), ("processes", lambda f: part_processes(device, batch_size, f)), ("scaling", lambda f: part_scaling(device, batch_size, f))):  # fmt: skip
         if name in parts:
             with tempfile.TemporaryDirectory(dir=TEMPORARY or None) as folder:
                 part(folder)
 
 
 if __name__ == "__main__":
-    run_script(main, globals())
+    run_script(main, globals(), many_processes=True)

@@ -226,9 +226,11 @@ def check_least(namespace, **least):
 
 
 def choose_device(name):
-    """"auto" is the GPU where there is one; "cuda", "cuda:1", "cpu"."""
+    """"auto" is the GPU where there is one, under torchrun the process's own; "cuda", "cuda:1", "cpu"."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise Problem(f"DEVICE is {name}, but torch {torch.__version__} sees no GPU: --device cpu runs without")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):

@@ -12,7 +12,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from common import Problem, choose_device
+from common import Problem
 
 
 def launched():
@@ -35,13 +35,6 @@ def is_first():
 
 def is_first_of_machine():
     return not launched() or int(os.environ["LOCAL_RANK"]) == 0
-
-
-def own_device(name):
-    """choose_device, where "auto" and "cuda" under torchrun mean the process's own GPU."""
-    if launched() and name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{int(os.environ['LOCAL_RANK'])}"
-    return choose_device(name)
 
 
 @contextlib.contextmanager
