@@ -26,6 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from torchvision.transforms import v2
 import demo
 import finetune
 import fit_pca
+import model
 import prepare_data
 import processes
 import train_head
@@ -188,6 +190,10 @@ def part_step(device, precision, batch_size):
             z = head(features, batch["subject"])
         phase.learner.scaler.scale(training.loss_of(head, z, batch)).backward()
 
+    def head_with_torchs_dropout():
+        with mock.patch.object(model, "dropout_mask", lambda x, p, *_: torch.empty_like(x).bernoulli_(1 - p)):
+            head_both_ways()
+
     n = 3  # steps in a row, so that the next batch's preparation overlaps
     authors = AuthorsArrangement(phase)
     trained = [p for p in phase.encoder.parameters() if p.requires_grad]
@@ -196,6 +202,7 @@ def part_step(device, precision, batch_size):
         "trunk": lambda: forward(trunk),
         "crop": lambda: phase.crops(batch["images"], batch["top"], batch["left"], batch["size"]),
         "head": head_both_ways,
+        "torchs": head_with_torchs_dropout,
         "optimiser": phase.learner.optimizer.step,
         "unfused": unfused.step,
         "alone": lambda: phase.batches.prepare(1),
@@ -224,6 +231,7 @@ def part_step(device, precision, batch_size):
     row("  (preparing a batch alone, hidden behind the step before)", f"{seconds['alone'] / unit:.3f}")
     for name in ("crop", "head", "optimiser"):
         row(f"  {name}", f"{seconds[name] / unit:.3f}")
+    row("  (head with torch's own draws for dropout)", f"{seconds['torchs'] / unit:.3f}", "times the heads on one trunk")
     row("  (an optimiser that is not fused)", f"{seconds['unfused'] / unit:.3f}")
     row("the authors' arrangement, whole step", f"{seconds['authors'] / n / unit:.3f}", f"{seconds['authors'] / n / whole:.2f} of ours")
 

@@ -89,8 +89,8 @@ def run_script(main, namespace, many_processes=False):
         with processes.joined(many_processes):
             override_constants(namespace, sys.argv[1:])
             main()
-        seconds = time.perf_counter() - start
-        print(f"{Path(sys.argv[0]).name}: {seconds:.0f} s, peak memory {peak_memory()}")
+            seconds = time.perf_counter() - start
+            print(f"{Path(sys.argv[0]).name}: {seconds:.0f} s, peak memory {peak_memory()}")
     except Problem as problem:
         sys.exit(f"error: {problem}")
     except KeyboardInterrupt:

@@ -229,8 +229,8 @@ def dropout_mask(x, p, seed, first=0):
 
     The mask of a sample depends on seed (ints) and its place in the whole batch, first and following, not on
     how the batch is divided over micro-batches or processes: chunks of the batch are drawn one by one.
-    p is rounded to 1/65536. Four features share one 64-bit draw: torch's own dropout on a CPU makes the whole
-    phase-1 step take 1.1 of the time, with several heads more (benchmark.py).
+    p is rounded to 1/65536. Four features share one 64-bit draw: with torch's own draws on a CPU the head takes
+    twice the time, which every head on a trunk would pay (benchmark.py, part step).
     """
     threshold = kept_of_65536(p) - 32768
     n, masks = len(x), []

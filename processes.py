@@ -70,11 +70,11 @@ def joined(wanted=True):
         if told_already(store, attempt):
             sys.exit(1)
         raise problem
-    except (RuntimeError, dist.DistError) as error:
-        if not is_lost_connection(error):
-            raise
+    except (RuntimeError, MemoryError, OSError) as error:
         if told_already(store, attempt):
             sys.exit(1)
+        if not is_lost_connection(error):
+            raise
         raise Problem(
             "another process ended or can't be reached, so this one ends too; the same command continues after the "
             f"last validation ({' '.join(str(error).split())[:120]})"
