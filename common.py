@@ -138,8 +138,8 @@ def check_kinds(namespace):
     """Refuse what an edit made of another kind, before any work: STEPS = "6", BATCH_SIZE = 64, with its comma."""
     for name, value in namespace.items():
         if name in kinds and not is_kind(value, kinds[name]):
-            where = f" in {Path(namespace['__file__']).name}" if "__file__" in namespace else ""
-            raise Problem(f"{name}{where} is {value!r}, expected {kind_in_words[kinds[name]]}")
+            where = f" (at the top of {Path(namespace['__file__']).name})" if "__file__" in namespace else ""
+            raise Problem(f"{name} is {value!r}, expected {kind_in_words[kinds[name]]}{where}")
 
 
 def is_kind(value, kind):

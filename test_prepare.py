@@ -106,36 +106,36 @@ def test_every_constant_has_a_kind():
 @pytest.mark.parametrize(
     "name, value, expected",
     [
-        ("STEPS", 5e0, "STEPS in prepare_data.py is 5.0, expected a whole number"),
-        ("STEPS", "6", "is '6', expected a whole number"),
-        ("STEPS", True, "is True, expected a whole number"),
-        ("BATCH_SIZE", (64,), r"is \(64,\), expected a whole number"),
-        ("LEARNING_RATE", "1e-3", "is '1e-3', expected a number"),
-        ("LEARNING_RATE", float("nan"), "is nan, expected a number"),
-        ("LEARNING_RATE", float("inf"), "is inf, expected a number"),
-        ("BETAS", [0.9, 0.99], r"is \[0.9, 0.99\], expected numbers with commas"),
+        ("STEPS", 5e0, "5.0, expected a whole number"),
+        ("STEPS", "6", "'6', expected a whole number"),
+        ("STEPS", True, "True, expected a whole number"),
+        ("BATCH_SIZE", (64,), r"\(64,\), expected a whole number"),
+        ("LEARNING_RATE", "1e-3", "'1e-3', expected a number"),
+        ("LEARNING_RATE", float("nan"), "nan, expected a number"),
+        ("LEARNING_RATE", float("inf"), "inf, expected a number"),
+        ("BETAS", [0.9, 0.99], r"\[0.9, 0.99\], expected numbers with commas"),
         ("BETAS", (0.9, "0.99"), "expected numbers with commas"),
         ("BETAS", 0.9, "expected numbers with commas"),
         ("N_SESSIONS", (40, 40.0), "expected whole numbers with commas"),
-        ("OVERWRITE", "false", "is 'false', expected true or false"),
-        ("OVERWRITE", 1, "is 1, expected true or false"),
-        ("DATA_DIR", None, "is None, expected text"),
-        ("LAYERS", ("blocks.0",), r"is \('blocks.0',\), expected text"),
+        ("OVERWRITE", "false", "'false', expected true or false"),
+        ("OVERWRITE", 1, "1, expected true or false"),
+        ("DATA_DIR", None, "None, expected text"),
+        ("LAYERS", ("blocks.0",), r"\('blocks.0',\), expected text"),
     ],
 )
 def test_edited_constants_are_checked_before_any_work(name, value, expected):
     ran = []
     message = message_of(lambda: ran.append(1), **{name: value})
-    assert not ran and message.startswith(f"error: {name} in prepare_data.py is ") and re.search(expected, message)
+    assert not ran and re.fullmatch(rf"error: {name} is .*{expected}.* \(at the top of prepare_data.py\)", message)
     for check in (common.constants, common.check_least):  # which every main() calls
-        with pytest.raises(Problem, match=expected.replace(" in prepare_data.py", "")):
+        with pytest.raises(Problem, match=expected):
             check({name: value})
 
 
 def test_edited_constants_of_a_main_that_python_calls(prepared):
-    with pytest.raises(Problem, match="SEED in prepare_data.py is '1'"):
+    with pytest.raises(Problem, match="SEED is '1', expected a whole number"):
         run(prepare_data, SEED="1")
-    with pytest.raises(Problem, match="PCA_DIM in fit_pca.py is 8.0"):
+    with pytest.raises(Problem, match="PCA_DIM is 8.0, expected a whole number"):
         run(fit_pca, DATA_DIR=str(prepared), PCA_DIM=8.0)
 
 
@@ -289,7 +289,7 @@ def test_fingerprints_tell_items_apart():
         (a,), (a[:3], a[3:]), (a[:2], a[2:]), (a.reshape(2, 3),), (a.astype(">i4"),), (a.view(np.float32),),
         (a.astype(np.int64),), (t,), (t.view(torch.float32),), (t[:3], t[3:]), (t.reshape(3, 2),), (torch.tensor(1),),
         (torch.tensor([1]),), (torch.tensor(1.0),), (torch.zeros(0, 3),), (torch.zeros(2, dtype=torch.bfloat16),),
-        (torch.zeros(2, dtype=torch.float16),),
+        (torch.zeros(2, dtype=torch.float16),), (b"abbytesc",), (b"ab", "c"), (b"abstr'c'",),
     ]  # fmt: skip
     found = [common.fingerprint(*items) for items in different]
     assert len(set(found)) == len(found) and all(len(f) == 16 for f in found)
@@ -488,6 +488,15 @@ def replace_value(folder):
     os.utime(path, (2, 2))
 
 
+def replace_type(folder):
+    """Other sizes under the old date."""
+    for hemi in hemis:
+        path = folder / fmri.format("subj06", hemi)
+        date = path.stat().st_mtime_ns
+        np.save(path, 1.5 * np.load(path).astype(np.float64))
+        os.utime(path, ns=(date, date))
+
+
 def replace_label(folder):
     path = folder / "subj01/roi_masks/lh.streams_challenge_space.npy"
     labels = np.load(path)
@@ -500,6 +509,7 @@ def replace_label(folder):
     [
         (replace_picture, "subj01 pictures: "),
         (replace_value, "subj06 rh activity: other values"),
+        (replace_type, "subj06 lh activity: other values; subj06 rh activity: other values"),
         (replace_label, "subj01 masks and ROIs: "),
     ],
 )
