@@ -338,7 +338,7 @@ import os, sys, time
 sys.path.insert(0, {str(here)!r})
 from common import sole_writer
 with sole_writer({str(folder)!r}, {what!r}):
-    open(os.path.join({str(folder)!r}, ".images.npy.partial"), "wb").write(bytes(1000))
+    open(os.path.join({str(folder)!r}, ".pca.pt.partial"), "wb").write(bytes(1000))
     print("writing", flush=True)
     time.sleep(600)
 """
@@ -370,9 +370,9 @@ def test_one_writer_at_a_time(original, data, capsys):
         assert capsys.readouterr().out.count("already") == 2
         before["prepared.pt"] = before.pop("elsewhere")
         assert contents(data) == before
-    assert (data / ".images.npy.partial").exists()
+    assert (data / ".pca.pt.partial").exists()
     run(prepare_data, **stage, OVERWRITE=True)
-    assert not (data / ".images.npy.partial").exists() and (data / ".lock").exists()
+    assert not (data / ".pca.pt.partial").exists() and (data / ".lock").exists()
     assert not common.folders_held
 
 
@@ -557,13 +557,14 @@ def test_activity_that_is_not_z_scored(challenge, tmp_path, capsys):
     prepare_data.scan_activity(subjects, findings)
     assert not findings and capsys.readouterr().out == ""  # z-scored activity is nothing to talk about
 
-    scale(challenge, "subj06", 1.8, 0.7)
-    run(prepare_data, **stage)
-    text = capsys.readouterr().out
-    y = np.load(challenge / fmri.format("subj06", "lh")).astype(float)
-    mean, deviation = np.median(np.abs(y.mean(0))), np.median(y.std(0))
-    assert f"subj06 lh: mean {mean:.3g} away from 0, deviation {deviation:.3g}" in text and "expected about 0" in text
-    assert "subj06 rh: mean" in text and "subj01 lh" not in text
+    for factor, offset in ((1.8, 0), (1 / 1.8, -0.7)):  # told by the deviation, by the mean
+        scale(challenge, "subj06", factor, offset)
+        run(prepare_data, **stage, OVERWRITE=True)
+        text = capsys.readouterr().out
+        y = np.load(challenge / fmri.format("subj06", "lh")).astype(float)
+        mean, deviation = np.median(np.abs(y.mean(0))), np.median(y.std(0))
+        assert f"subj06 lh: mean {mean:.3g} away from 0, deviation {deviation:.3g}" in text
+        assert "expected about 0" in text and "subj06 rh: mean" in text and "subj01 lh" not in text
 
     for factor, offset in ((40, 500), (1, 6), (5, 0), (0.1, 0)):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
