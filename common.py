@@ -482,6 +482,11 @@ def read_torch(path, what):
     return content if isinstance(content, dict) else {"format": type(content).__name__}
 
 
+def is_subject_name(name):
+    """Whether a folder's name can be a subject's: safe in paths, and no word that means several of them."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)) and name not in ("all", "group")
+
+
 def check_format(content, path, kind, what):
     found = str(content.get("format"))
     if found != kind:

@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
+import checkpoint
 import common
 import demo
 import fit_pca
@@ -285,7 +286,8 @@ def test_fingerprints_tell_items_apart():
     a, t = np.arange(6, dtype=np.int32), torch.arange(6, dtype=torch.int32)
     different = [
         (2048, 4, 10), (2048, 41, 0), (2048, 410), ("ab", "c"), ("a", "bc"), ("abc",), (b"abc",), (b"ab", b"c"), (),
-        ("",), (1,), (1.0,), (True,), ("1",), (None,), ([1, 2],), ((1, 2),), (1, 2), (bytes(4),), (np.zeros(4, np.uint8),),
+        ("",), (1,), (1.0,), (True,), ("1",), (None,), ([1, 2],), ((1, 2),), (1, 2), (bytes(4),),
+        (np.zeros(4, np.uint8),),
         (a,), (a[:3], a[3:]), (a[:2], a[2:]), (a.reshape(2, 3),), (a.astype(">i4"),), (a.view(np.float32),),
         (a.astype(np.int64),), (t,), (t.view(torch.float32),), (t[:3], t[3:]), (t.reshape(3, 2),), (torch.tensor(1),),
         (torch.tensor([1]),), (torch.tensor(1.0),), (torch.zeros(0, 3),), (torch.zeros(2, dtype=torch.bfloat16),),
@@ -603,7 +605,13 @@ def test_folders_of_other_names(challenge, tmp_path, capsys):
     assert prepare_data.load(tmp_path / "a").space.subjects == ["subj01", "subj06"]
     run(prepare_data, **stage, DATA_DIR=str(tmp_path / "b"), SUBJECTS="sub-09, subj01")
     assert "left out" not in capsys.readouterr().out
-    assert prepare_data.load(tmp_path / "b").space.subjects == ["sub-09", "subj01"]
+    space = prepare_data.load(tmp_path / "b").space
+    assert space.subjects == ["sub-09", "subj01"]
+    weights = {"embed.weight": torch.zeros(space.n_vertices, 2), "embed.bias": torch.zeros(space.n_vertices)}
+    weights |= dict.fromkeys(("shared_proj.weight", "subj_proj.fc.weight", "subj_proj.fc.bias"))
+    torch.save({"trunk": None, "encoder": weights}, tmp_path / "theirs.pt")
+    with pytest.raises(Problem, match="authors' weights of subj01 to subj08, but the prepared data .*sub-09"):
+        checkpoint.load_checkpoint(tmp_path / "theirs.pt", space=space)
     for name in ("../subj01", "all", "group", "-x", "a/b", "ä"):
         with pytest.raises(Problem, match="SUBJECTS names"):
             run(prepare_data, **stage, DATA_DIR=str(tmp_path / "c"), SUBJECTS=f"subj01,{name}")
