@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common import Problem, check_format, fingerprint, read_torch, versions, write_whole
+from common import Problem, check_format, fingerprint, is_subject_name, read_torch, versions, write_whole
 from model import Encoder, Head, Space, Trunk
 
 checkpoint_format = "encoder-2"
@@ -74,8 +74,8 @@ def load_checkpoint(path, device="cpu", space=None):
     else:
         checkpoint = read_checkpoint(path)
     space = Space(**checkpoint.pop("space"))
-    if not all(re.fullmatch(r"subj\d\d", name) for name in space.subjects):
-        raise Problem(f"{path}: subjects {space.subjects}, expected subj01, subj02 and so on: not one of our checkpoints")
+    if not all(map(is_subject_name, space.subjects)):
+        raise Problem(f"{path}: subjects {space.subjects}, expected names such as subj01: not one of our checkpoints")
     trunk = Trunk(**checkpoint["trunk_settings"])
     stored, weights = checkpoint.pop("trunk"), checkpoint.pop("head")
     found = trunk_fingerprint(trunk.state_dict(), stored)
@@ -117,6 +117,8 @@ def convert_published(content, space, path):
             f"{path} holds the authors' weights for {n_vertices} vertices, but the prepared data gives {found}: "
             "point DATA_DIR to challenge data prepared with subjects whose union has as many (subj01 has all)"
         )
+    if not all(re.fullmatch(r"subj0[1-8]", name) for name in space.subjects):
+        raise Problem(f"{path} holds the authors' weights of subj01 to subj08, but the prepared data {space.subjects}")
     chosen = [int(name.removeprefix("subj")) - 1 for name in space.subjects]
     head = {
         "shared": theirs["shared_proj.weight"],

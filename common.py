@@ -138,8 +138,8 @@ def check_kinds(namespace):
     """Refuse what an edit made of another kind, before any work: STEPS = "6", BATCH_SIZE = 64, with its comma."""
     for name, value in namespace.items():
         if name in kinds and not is_kind(value, kinds[name]):
-            where = f" in {Path(namespace['__file__']).name}" if "__file__" in namespace else ""
-            raise Problem(f"{name}{where} is {value!r}, expected {kind_in_words[kinds[name]]}")
+            where = f" (at the top of {Path(namespace['__file__']).name})" if "__file__" in namespace else ""
+            raise Problem(f"{name} is {value!r}, expected {kind_in_words[kinds[name]]}{where}")
 
 
 def is_kind(value, kind):
@@ -480,6 +480,11 @@ def read_torch(path, what):
     except Exception as error:
         raise Problem(f"{path} cannot be read ({' '.join(str(error).split())[:200]}), expected {what}")
     return content if isinstance(content, dict) else {"format": type(content).__name__}
+
+
+def is_subject_name(name):
+    """Whether a folder's name can be a subject's: safe in paths, and no word that means several of them."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)) and name not in ("all", "group")
 
 
 def check_format(content, path, kind, what):

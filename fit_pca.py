@@ -21,8 +21,8 @@ import torch
 
 import prepare_data
 from common import (
-    Problem, check_disk, check_least, choose_device, constants, differences, fingerprint, load_torch, progress, run_script,
-    sole_writer, versions, write_whole,
+    Problem, check_disk, check_least, choose_device, constants, differences, fingerprint, load_torch, progress,
+    run_script, sole_writer, versions, write_whole,
 )  # fmt: skip
 from scores import median_r2, r2_score
 

@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 
 from common import (
-    Problem, check_disk, check_least, constants, differences, fingerprint, load_torch, progress, run_script, say,
-    sole_writer, versions, write_whole,
+    Problem, check_disk, check_least, constants, differences, fingerprint, is_subject_name, load_torch, progress,
+    run_script, say, sole_writer, versions, write_whole,
 )  # fmt: skip
 from model import Space, picture_size
 
@@ -93,7 +93,7 @@ def find_subjects(folder, names):
     folders = sorted(p.name for p in Path(folder).glob("[!.]*") if p.is_dir())
     wanted = sorted({name for name in re.split(r"[,\s]+", names) if name})
     for name in wanted:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in ("all", "group"):
+        if not is_subject_name(name):
             raise Problem(
                 f"SUBJECTS names {name!r}, expected folders' names of letters, digits and _.-, but not all or group"
             )
@@ -509,8 +509,9 @@ def write_prepared(
     space: Space. samples: {"subject", "image", "split" (n_samples,), "test_subject", "test_image"
     (n_test_samples,)}, as in Prepared. splits: "pictures", or how else they were made. nsd_id
     (n_images,). activity: blocks (n, n_vertices) of n_samples rows together, stored as dtype; images:
-    n_images pictures (256, 256, 3) uint8. Both are taken one by one, so that memory does not grow with
-    them; test_activity likewise, of the n_test_samples, where it comes with the data. inputs: {name: value} of all that decides the result; made_with: the script's constants.
+    n_images pictures (256, 256, 3) uint8; test_activity: blocks of n_test_samples rows, where it comes with
+    the data. All are taken one by one, so that memory does not grow with them. inputs: {name: value} of all
+    that decides the result; made_with: the script's constants.
     """
     data_dir = Path(data_dir)
     n_samples, n_images, dtype = len(samples["subject"]), len(nsd_id), np.dtype(dtype)
@@ -583,7 +584,7 @@ class Prepared:
     nsd_id: np.ndarray  # (n_images,) int64, of NSD's 73,000 pictures, counted from 0
     n_training_images: int  # the first rows of images; the rest occurs in tests only
     fingerprint: str
-    test_activity: np.ndarray | None = None  # (n_test_samples, n_vertices), mapped; NSD-Flat's, the challenge's is elsewhere
+    test_activity: np.ndarray | None = None  # (n_test_samples, n_vertices), mapped; of NSD-Flat only
 
     def samples(self, split, subject=None):
         """Row numbers of a split, in order; of one subject (an index) or of all."""

@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
+import checkpoint
 import common
 import demo
 import fit_pca
@@ -106,36 +107,36 @@ def test_every_constant_has_a_kind():
 @pytest.mark.parametrize(
     "name, value, expected",
     [
-        ("STEPS", 5e0, "STEPS in prepare_data.py is 5.0, expected a whole number"),
-        ("STEPS", "6", "is '6', expected a whole number"),
-        ("STEPS", True, "is True, expected a whole number"),
-        ("BATCH_SIZE", (64,), r"is \(64,\), expected a whole number"),
-        ("LEARNING_RATE", "1e-3", "is '1e-3', expected a number"),
-        ("LEARNING_RATE", float("nan"), "is nan, expected a number"),
-        ("LEARNING_RATE", float("inf"), "is inf, expected a number"),
-        ("BETAS", [0.9, 0.99], r"is \[0.9, 0.99\], expected numbers with commas"),
+        ("STEPS", 5e0, "5.0, expected a whole number"),
+        ("STEPS", "6", "'6', expected a whole number"),
+        ("STEPS", True, "True, expected a whole number"),
+        ("BATCH_SIZE", (64,), r"\(64,\), expected a whole number"),
+        ("LEARNING_RATE", "1e-3", "'1e-3', expected a number"),
+        ("LEARNING_RATE", float("nan"), "nan, expected a number"),
+        ("LEARNING_RATE", float("inf"), "inf, expected a number"),
+        ("BETAS", [0.9, 0.99], r"\[0.9, 0.99\], expected numbers with commas"),
         ("BETAS", (0.9, "0.99"), "expected numbers with commas"),
         ("BETAS", 0.9, "expected numbers with commas"),
         ("N_SESSIONS", (40, 40.0), "expected whole numbers with commas"),
-        ("OVERWRITE", "false", "is 'false', expected true or false"),
-        ("OVERWRITE", 1, "is 1, expected true or false"),
-        ("DATA_DIR", None, "is None, expected text"),
-        ("LAYERS", ("blocks.0",), r"is \('blocks.0',\), expected text"),
+        ("OVERWRITE", "false", "'false', expected true or false"),
+        ("OVERWRITE", 1, "1, expected true or false"),
+        ("DATA_DIR", None, "None, expected text"),
+        ("LAYERS", ("blocks.0",), r"\('blocks.0',\), expected text"),
     ],
 )
 def test_edited_constants_are_checked_before_any_work(name, value, expected):
     ran = []
     message = message_of(lambda: ran.append(1), **{name: value})
-    assert not ran and message.startswith(f"error: {name} in prepare_data.py is ") and re.search(expected, message)
+    assert not ran and re.fullmatch(rf"error: {name} is .*{expected}.* \(at the top of prepare_data.py\)", message)
     for check in (common.constants, common.check_least):  # which every main() calls
-        with pytest.raises(Problem, match=expected.replace(" in prepare_data.py", "")):
+        with pytest.raises(Problem, match=expected):
             check({name: value})
 
 
 def test_edited_constants_of_a_main_that_python_calls(prepared):
-    with pytest.raises(Problem, match="SEED in prepare_data.py is '1'"):
+    with pytest.raises(Problem, match="SEED is '1', expected a whole number"):
         run(prepare_data, SEED="1")
-    with pytest.raises(Problem, match="PCA_DIM in fit_pca.py is 8.0"):
+    with pytest.raises(Problem, match="PCA_DIM is 8.0, expected a whole number"):
         run(fit_pca, DATA_DIR=str(prepared), PCA_DIM=8.0)
 
 
@@ -285,11 +286,12 @@ def test_fingerprints_tell_items_apart():
     a, t = np.arange(6, dtype=np.int32), torch.arange(6, dtype=torch.int32)
     different = [
         (2048, 4, 10), (2048, 41, 0), (2048, 410), ("ab", "c"), ("a", "bc"), ("abc",), (b"abc",), (b"ab", b"c"), (),
-        ("",), (1,), (1.0,), (True,), ("1",), (None,), ([1, 2],), ((1, 2),), (1, 2), (bytes(4),), (np.zeros(4, np.uint8),),
+        ("",), (1,), (1.0,), (True,), ("1",), (None,), ([1, 2],), ((1, 2),), (1, 2), (bytes(4),),
+        (np.zeros(4, np.uint8),),
         (a,), (a[:3], a[3:]), (a[:2], a[2:]), (a.reshape(2, 3),), (a.astype(">i4"),), (a.view(np.float32),),
         (a.astype(np.int64),), (t,), (t.view(torch.float32),), (t[:3], t[3:]), (t.reshape(3, 2),), (torch.tensor(1),),
         (torch.tensor([1]),), (torch.tensor(1.0),), (torch.zeros(0, 3),), (torch.zeros(2, dtype=torch.bfloat16),),
-        (torch.zeros(2, dtype=torch.float16),),
+        (torch.zeros(2, dtype=torch.float16),), (b"abbytesc",), (b"ab", "c"), (b"abstr'c'",),
     ]  # fmt: skip
     found = [common.fingerprint(*items) for items in different]
     assert len(set(found)) == len(found) and all(len(f) == 16 for f in found)
@@ -338,7 +340,7 @@ import os, sys, time
 sys.path.insert(0, {str(here)!r})
 from common import sole_writer
 with sole_writer({str(folder)!r}, {what!r}):
-    open(os.path.join({str(folder)!r}, ".images.npy.partial"), "wb").write(bytes(1000))
+    open(os.path.join({str(folder)!r}, ".pca.pt.partial"), "wb").write(bytes(1000))
     print("writing", flush=True)
     time.sleep(600)
 """
@@ -370,9 +372,9 @@ def test_one_writer_at_a_time(original, data, capsys):
         assert capsys.readouterr().out.count("already") == 2
         before["prepared.pt"] = before.pop("elsewhere")
         assert contents(data) == before
-    assert (data / ".images.npy.partial").exists()
+    assert (data / ".pca.pt.partial").exists()
     run(prepare_data, **stage, OVERWRITE=True)
-    assert not (data / ".images.npy.partial").exists() and (data / ".lock").exists()
+    assert not (data / ".pca.pt.partial").exists() and (data / ".lock").exists()
     assert not common.folders_held
 
 
@@ -488,6 +490,15 @@ def replace_value(folder):
     os.utime(path, (2, 2))
 
 
+def replace_type(folder):
+    """Other sizes under the old date."""
+    for hemi in hemis:
+        path = folder / fmri.format("subj06", hemi)
+        date = path.stat().st_mtime_ns
+        np.save(path, 1.5 * np.load(path).astype(np.float64))
+        os.utime(path, ns=(date, date))
+
+
 def replace_label(folder):
     path = folder / "subj01/roi_masks/lh.streams_challenge_space.npy"
     labels = np.load(path)
@@ -500,6 +511,7 @@ def replace_label(folder):
     [
         (replace_picture, "subj01 pictures: "),
         (replace_value, "subj06 rh activity: other values"),
+        (replace_type, "subj06 lh activity: other values; subj06 rh activity: other values"),
         (replace_label, "subj01 masks and ROIs: "),
     ],
 )
@@ -547,13 +559,14 @@ def test_activity_that_is_not_z_scored(challenge, tmp_path, capsys):
     prepare_data.scan_activity(subjects, findings)
     assert not findings and capsys.readouterr().out == ""  # z-scored activity is nothing to talk about
 
-    scale(challenge, "subj06", 1.8, 0.7)
-    run(prepare_data, **stage)
-    text = capsys.readouterr().out
-    y = np.load(challenge / fmri.format("subj06", "lh")).astype(float)
-    mean, deviation = np.median(np.abs(y.mean(0))), np.median(y.std(0))
-    assert f"subj06 lh: mean {mean:.3g} away from 0, deviation {deviation:.3g}" in text and "expected about 0" in text
-    assert "subj06 rh: mean" in text and "subj01 lh" not in text
+    for factor, offset in ((1.8, 0), (1 / 1.8, -0.7)):  # told by the deviation, by the mean
+        scale(challenge, "subj06", factor, offset)
+        run(prepare_data, **stage, OVERWRITE=True)
+        text = capsys.readouterr().out
+        y = np.load(challenge / fmri.format("subj06", "lh")).astype(float)
+        mean, deviation = np.median(np.abs(y.mean(0))), np.median(y.std(0))
+        assert f"subj06 lh: mean {mean:.3g} away from 0, deviation {deviation:.3g}" in text
+        assert "expected about 0" in text and "subj06 rh: mean" in text and "subj01 lh" not in text
 
     for factor, offset in ((40, 500), (1, 6), (5, 0), (0.1, 0)):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
@@ -592,7 +605,13 @@ def test_folders_of_other_names(challenge, tmp_path, capsys):
     assert prepare_data.load(tmp_path / "a").space.subjects == ["subj01", "subj06"]
     run(prepare_data, **stage, DATA_DIR=str(tmp_path / "b"), SUBJECTS="sub-09, subj01")
     assert "left out" not in capsys.readouterr().out
-    assert prepare_data.load(tmp_path / "b").space.subjects == ["sub-09", "subj01"]
+    space = prepare_data.load(tmp_path / "b").space
+    assert space.subjects == ["sub-09", "subj01"]
+    weights = {"embed.weight": torch.zeros(space.n_vertices, 2), "embed.bias": torch.zeros(space.n_vertices)}
+    weights |= dict.fromkeys(("shared_proj.weight", "subj_proj.fc.weight", "subj_proj.fc.bias"))
+    torch.save({"trunk": None, "encoder": weights}, tmp_path / "theirs.pt")
+    with pytest.raises(Problem, match="authors' weights of subj01 to subj08, but the prepared data .*sub-09"):
+        checkpoint.load_checkpoint(tmp_path / "theirs.pt", space=space)
     for name in ("../subj01", "all", "group", "-x", "a/b", "ä"):
         with pytest.raises(Problem, match="SUBJECTS names"):
             run(prepare_data, **stage, DATA_DIR=str(tmp_path / "c"), SUBJECTS=f"subj01,{name}")
