@@ -15,23 +15,24 @@ from model import Encoder, Head, Space, Trunk
 checkpoint_format = "encoder-2"
 checkpoint_kind = "a checkpoint of train_head.py or finetune.py"
 
+
 def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished=False):
     """Write all that prediction needs. made_with: constants and fingerprints of what made it; finished: of the
-    training that chose it, else it is the best so far. Of the trunk only trained parameters are stored; the
-    rest is known by its fingerprint.
+    training that chose it, else it is the best so far. Of the trunk what was trained is stored, and position
+    embeddings, which timm may have resampled; the rest, the pretrained file's own, is known by its fingerprint.
     """
     trunk_state = encoder.trunk_state()
     stored = encoder.trunk.stored | {name for name, p in encoder.trunk.named_parameters() if p.requires_grad}
-    trained = {name: v.detach().cpu() for name, v in trunk_state.items() if name in stored}
+    own = {name: v.detach().cpu() for name, v in trunk_state.items() if name in stored}
     head = {name: v.detach().cpu() for name, v in encoder.head.state_dict().items()}
     checkpoint = {
         "format": checkpoint_format,
-        "fingerprint": fingerprint(*head.values(), *trained.values()),
+        "fingerprint": fingerprint(*head.values(), *own.values()),
         "made_with": made_with,
         "versions": versions(),
         "trunk_settings": encoder.trunk_settings(),
-        "trunk": trained,
-        "trunk_fingerprint": trunk_fingerprint(trunk_state, trained),
+        "trunk": own,
+        "trunk_fingerprint": trunk_fingerprint(trunk_state, own),
         "head": head,
         "bias_count": encoder.head.bias_count,
         "space": vars(space),
@@ -168,6 +169,6 @@ def check_scorable(path, checkpoint, data, split):
         )
 
 
-def trunk_fingerprint(state, trained=()):
-    """Of the trunk's weights {name: tensor}, less those named in trained."""
-    return fingerprint(*(v for name, v in state.items() if name not in trained))
+def trunk_fingerprint(state, stored=()):
+    """Of the trunk's weights {name: tensor}, less those that a checkpoint stores, which are named in stored."""
+    return fingerprint(*(v for name, v in state.items() if name not in stored))

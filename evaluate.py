@@ -283,12 +283,9 @@ def figure_2a(encoder):
     """
     from sklearn.mixture import GaussianMixture
 
-    vit = encoder.trunk.vit
-    grid = vit.patch_embed.grid_size
-    maps = torch.cat([p.spatial[:, vit.num_prefix_tokens :] for p in encoder.head.projections]).detach().cpu().double()
-    if maps.shape[1] != np.prod(grid):
-        print(f"no figure 2a: {maps.shape[1]} tokens less the class token, expected {grid[0]} x {grid[1]} of the picture")
-        return None
+    grid = encoder.trunk.vit.patch_embed.grid_size
+    n_prefix = [encoder.trunk.n_prefix[i] for i in encoder.chosen]
+    maps = torch.cat([p.spatial[:, n:] for p, n in zip(encoder.head.projections, n_prefix)]).detach().cpu().double()
     maps = (maps * (maps**3).sum(1, keepdim=True).sign() / maps.norm(dim=1, keepdim=True).clamp(min=1e-30)).numpy()
     mixture = GaussianMixture(min(n_pooling_maps, len(maps)), covariance_type="spherical", random_state=SEED).fit(maps)
     size = np.bincount(mixture.predict(maps), minlength=len(mixture.means_))

@@ -17,8 +17,10 @@ checkpoint.py saves and loads, training.py trains.
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import glob
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -28,10 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import Problem
+from common import Problem, explain
 
 picture_size = 256  # px, side of the prepared pictures (prepare_data.py writes them)
 weights_dir = Path("weights")  # local pretrained trunks, looked at before the network
+weights_suffixes = (".safetensors", ".bin", ".pth", ".pt")  # of the files in it, behind the trunk's whole name
+which_work = "README, Trunk, says which work"  # ends what refuses a trunk
 dropout_chunk = 16  # samples whose dropout is drawn together
 
 
@@ -39,7 +43,7 @@ dropout_chunk = 16  # samples whose dropout is drawn together
 
 
 class Trunk(nn.Module):
-    """Raw token features (class token included, no final norm) of named layers of a timm ViT.
+    """Raw token features (class and register tokens included, no final norm) of named layers of a timm ViT.
 
     name: timm model; layers: patterns of module names inside its blocks, separated by spaces,
     with braces and wildcards, as "blocks.{0,2,4}", "blocks.{0..11}", "blocks.*.attn".
@@ -49,32 +53,46 @@ class Trunk(nn.Module):
 
     def __init__(self, name, layers, *, image_size=224, pretrained=True, seed=0):
         super().__init__()
+        name = whole_name(name)
         self.settings = dict(name=name, layers=layers, image_size=image_size, pretrained=pretrained, seed=seed)
         self.vit = create_vit(name, image_size, pretrained, seed)
         self.layers = match_layers([n for n, _ in self.vit.named_modules()], layers)
         last = max(int(layer.split(".")[1]) for layer in self.layers)
         self.vit.prune_intermediate_layers([last], prune_norm=True, prune_head=True)
-        self.stored = set()  # names of weights that a checkpoint brought: not the pretrained ones
+        # names of weights that a checkpoint holds: those of the pretrained file itself it knows by a fingerprint
+        self.stored = {f"vit.{n}" for n in resized_weights(self.vit, name, image_size)} if pretrained else set()
         self.features = {}
-        for layer in self.layers:
-            self.vit.get_submodule(layer).register_forward_hook(
-                lambda module, args, output, layer=layer: self.features.update({layer: output})
-            )
+        for layer in self.layers:  # copies and pickles of a partial take its dict along, those of a closure do not
+            hook = functools.partial(keep_output, self.features, layer)
+            self.vit.get_submodule(layer).register_forward_hook(hook)
         self.image_size = image_size
         self.mean, self.std = (self.vit.pretrained_cfg[k] for k in ("mean", "std"))
         self.requires_grad_(False).eval()
-        with torch.no_grad():
-            self.vit.forward_features(torch.zeros(1, 3, image_size, image_size))
+        self.feature_shapes = self.find_shapes()  # (n_tokens, n_channels)
+        n_patches = math.prod(self.vit.patch_embed.grid_size)
+        self.n_prefix = [n_tokens - n_patches for n_tokens, _ in self.feature_shapes]  # tokens ahead of the picture's
+
+    def find_shapes(self):
+        """(n_tokens, n_channels) of every layer, by one black picture; refuses what gives no tokens of it."""
+        name, size, n_patches = self.settings["name"], self.image_size, math.prod(self.vit.patch_embed.grid_size)
+        try:
+            with torch.no_grad():
+                self.vit.forward_features(torch.zeros(1, 3, size, size))
+        except Exception as error:
+            if explain(error, {}):  # memory ran out
+                raise
+            raise Problem(f"trunk {name} takes no pictures of {size} px ({one_line(error)}); {which_work}")
         features = [self.features.get(layer) for layer in self.layers]  # some modules are never called
+        self.features.clear()
         for layer, x in zip(self.layers, features):
             shape = tuple(x.shape) if isinstance(x, torch.Tensor) else None
-            if shape is None or len(shape) != 3:
+            if shape is None or len(shape) != 3 or shape[1] < n_patches:
                 raise Problem(
-                    f"layer {layer} of trunk {name} gives features of shape {shape}, expected "
-                    "(n_images, n_tokens, n_channels): name whole blocks of a ViT in LAYERS, "
-                    'for example "blocks.{0,2,4,6,8,10}"'
+                    f"layer {layer} of trunk {name} gives features of shape {shape}, expected (n_images, n_tokens, "
+                    f"n_channels), {n_patches} tokens or more: name whole blocks of a ViT in LAYERS, for example "
+                    f'"blocks.{{0,2,4,6,8,10}}"; {which_work}'
                 )
-        self.feature_shapes = [tuple(x.shape[1:]) for x in features]  # (n_tokens, n_channels)
+        return [tuple(x.shape[1:]) for x in features]
 
     def train(self, mode=True):
         return super().train(False)  # the trunk keeps its inference behaviour in both phases
@@ -87,53 +105,111 @@ class Trunk(nn.Module):
         return features
 
     def attention_parameters(self):
-        """Names of the q, k, v and output projections of all blocks kept (report: phase 2)."""
-        pattern = re.compile(r"vit\.blocks\.\d+\.attn\.((qkv|[qkv]_proj|proj)\.(weight|bias)|[qkv]_bias)")
-        names = [n for n, _ in self.named_parameters() if pattern.fullmatch(n)]
-        blocks = {n.split(".")[2] for n in names}
-        if len(blocks) != len(self.vit.blocks):
-            raise Problem(
-                f"found self-attention weights in {len(blocks)} of {len(self.vit.blocks)} blocks of "
-                f"{type(self.vit).__name__}, expected all: phase 2 needs a ViT trunk (README, trunks)"
-            )
+        """Names of the q, k, v and output projections of all blocks kept (report: phase 2).
+
+        A trunk is refused when any of its blocks has an attention without one of the four, or none.
+        """
+        kind = re.compile(r"(qkv|qk|v|[qkv]_proj|proj)\.(weight|bias)|[qkv]_bias")  # proj: the output
+        parts = {"qkv": "qkv", "qk": "qk", "v": "v", "q_proj": "q", "k_proj": "k", "v_proj": "v", "proj": "o"}
+        names = []
+        for i, block in enumerate(self.vit.blocks):
+            attentions = {n: m for n, m in block.named_modules() if n.rpartition(".")[2] == "attn"}
+            complete = bool(attentions)
+            for path, attention in attentions.items():
+                found = [n for n, _ in attention.named_parameters() if kind.fullmatch(n)]
+                weights = "".join(parts.get(n.removesuffix(".weight"), "") for n in found)
+                complete = complete and set(weights) == set("qkvo")
+                names += [f"vit.blocks.{i}.{path}.{n}" for n in found]
+            if not complete:
+                present = [n for n, _ in block.named_parameters() if "mlp" not in n]
+                raise Problem(
+                    f"blocks.{i} of trunk {self.settings['name']} has no self-attention with q, k, v and output "
+                    f"weights of its own, which phase 2 trains (it has {', '.join(present)}); {which_work}"
+                )
         return names
 
 
-def create_vit(name, image_size, pretrained, seed):
-    """timm model without a classifier. Pretrained weights come from weights/NAME.* or the hub."""
-    base, _, tag = name.partition(".")
-    if not timm.is_model(base) or (tag and name not in timm.list_models(base + ".*", pretrained=True)):
+def keep_output(features, layer, module, inputs, output):
+    """A forward hook, when features and layer are given."""
+    features[layer] = output
+
+
+def whole_name(name):
+    """timm's name of a model with the tag of its weights, by default timm's; without where it has no weights."""
+    try:
+        known = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # there is no such tag
+        known = None
+    if known is None:
         near = difflib.get_close_matches(name, timm.list_models() + timm.list_models(pretrained=True), 3)
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise Problem(f"unknown trunk {name}, expected a timm model name{hint}")
-    local = sorted(weights_dir.glob(glob.escape(name) + ".*")) if pretrained else []
-    overlay = {"pretrained_cfg_overlay": {"file": str(local[0])}} if local else {}
+    return f"{known.architecture}.{known.tag}" if known.tag and known.has_weights else name
+
+
+def create_vit(name, image_size, pretrained, seed):
+    """timm model without a classifier. name: from whole_name; pretrained weights come from weights/NAME.safetensors
+    (or another of weights_suffixes) or the hub."""
+    local = [path for suffix in weights_suffixes if (path := weights_dir / f"{name}{suffix}").exists()]
+    overlay = {"pretrained_cfg_overlay": {"file": str(local[0]), "custom_load": False}} if pretrained and local else {}
+    unusable = Problem(
+        f"trunk {name.partition('.')[0]} has no transformer blocks on a grid of patches, expected a ViT such as "
+        f"eva02_base_patch14_224.mim_in22k; {which_work}"
+    )
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            vit = timm.create_model(
-                name, pretrained=pretrained, num_classes=0, img_size=image_size, **overlay
-            )
-    except TypeError:
-        vit = None  # convolutional networks take no img_size
+            vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size, **overlay)
     except Exception as error:
+        if explain(error, {}):  # memory or disk ran out
+            raise
+        if isinstance(error, TypeError) and "img_size" in str(error):  # convolutional networks take none
+            raise unusable
         if not pretrained:
-            raise Problem(f"timm cannot build trunk {name} at {image_size} px: {error}")
-        raise Problem(
-            f"no pretrained weights for trunk {name}: {local[0] if local else 'the hub'} gave "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}\nWithout network, fetch the weights "
-            f"file elsewhere (huggingface.co/timm/{name}, model.safetensors) and put it at "
-            f"{weights_dir / (name + '.safetensors')}; or, for random weights, --pretrained false"
-        )
-    if vit is None or not hasattr(vit, "blocks") or not hasattr(vit, "prune_intermediate_layers"):
-        raise Problem(
-            f"trunk {name} has no transformer blocks with tokens, expected a ViT such as "
-            "eva02_base_patch14_224.mim_in22k (README, trunks)"
-        )
-    patch = getattr(vit.patch_embed, "patch_size", (1,))[0]
+            raise Problem(f"timm cannot build trunk {name} at {image_size} px: {one_line(error)}")
+        raise Problem(no_weights(name, local, one_line(error)))
+    if not all(hasattr(vit, part) for part in ("blocks", "prune_intermediate_layers", "forward_features")):
+        raise unusable
+    if not hasattr(getattr(vit, "patch_embed", None), "grid_size"):
+        raise unusable
+    patch = vit.patch_embed.patch_size[0]
     if image_size % patch:
         raise Problem(f"IMAGE_SIZE is {image_size}, expected a multiple of {patch}, the patch size of {name}")
     return vit
+
+
+def no_weights(name, local, reason):
+    """What to say where timm cannot load a trunk's weights."""
+    known, random = timm.get_pretrained_cfg(name), "for random weights, --pretrained false"
+    place = f"huggingface.co/{known.hf_hub_id}" if known.hf_hub_id else known.url
+    file = known.hf_hub_filename or "model.safetensors"
+    if not place:
+        return f"timm has no pretrained weights for trunk {name} ({reason}); {random}"
+    if local:
+        return (
+            f"{local[0]} cannot be read as weights of trunk {name} ({reason}), expected {file} of {place}; put that "
+            f"in its place, or, {random}"
+        )
+    others = sorted(path.name for path in weights_dir.glob(f"{glob.escape(name.partition('.')[0])}.*"))
+    return (
+        f"no pretrained weights for trunk {name}: the hub gave {reason}\nWithout network, fetch {file} of {place} "
+        f"elsewhere and put it at {weights_dir / (name + '.safetensors')}"
+        + (f" (there is {', '.join(others)}, for another trunk)" if others else "") + f"; or, {random}"
+    )  # fmt: skip
+
+
+def resized_weights(vit, name, image_size):
+    """Names of vit's weights whose shape depends on the size of the picture: position embeddings and the like.
+
+    timm resamples them where the file's are of another size, which differs in the last bits between processors.
+    """
+    with torch.device("meta"):
+        other = timm.create_model(name, num_classes=0, img_size=2 * image_size).state_dict()
+    return [n for n, v in vit.state_dict().items() if v.is_floating_point() and v.shape != other[n].shape]
+
+
+def one_line(error):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def match_layers(names, patterns):

@@ -20,12 +20,12 @@ at_once = 2048  # vertices, bounds memory
 def pool_tokens(trunk, features):
     """features: per layer (n, n_tokens, n_channels) -> x (n, n_features) float32: of every layer the class token
     and the mean over the picture's tokens; registers are left out."""
-    vit = trunk.vit
+    has_class = getattr(trunk.vit, "cls_token", None) is not None
     parts = []
-    for layer in features:
-        if getattr(vit, "cls_token", None) is not None:
+    for layer, n_prefix in zip(features, trunk.n_prefix):
+        if has_class and n_prefix:
             parts.append(layer[:, 0])
-        parts.append(layer[:, vit.num_prefix_tokens :].float().mean(1))
+        parts.append(layer[:, n_prefix:].float().mean(1))
     return torch.cat([part.float() for part in parts], dim=1)
 
 

@@ -1,4 +1,4 @@
-"""The parts, each by itself: head, trunk, crops, scores, splits, training's order and schedule, constants.
+"""The parts, each by itself: head, crops, scores, splits, training's order and schedule, constants.
 
 Every test of the project compares with something independent (plain loops in float64, scikit-learn,
 torchvision, Pillow, the files of the challenge folder) or with an identity.
@@ -7,15 +7,12 @@ torchvision, Pillow, the files of the challenge folder) or with an identity.
 import copy
 import math
 import runpy
-import shutil
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import demo
@@ -28,8 +25,8 @@ import prepare_data
 import train_head
 import training
 from common import Problem, constants, run_script
-from conftest import beit_attention, block_outputs, here, plain_input, r2_of_vertices, run, tiny
-from model import Crops, Encoder, Head, Trunk
+from conftest import here, plain_input, r2_of_vertices, run
+from model import Crops, Encoder, Head
 from scores import median_r2, r2_score
 
 
@@ -181,143 +178,6 @@ def test_loss_is_the_mean_over_all_vertices(space):
     torch.testing.assert_close(found, {n: plain.get_parameter(n).grad for n in found}, **tolerance)
 
 
-# ---- trunk --------------------------------------------------------------------------------------
-
-vit_attention = ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
-eva_attention = ["q_proj.weight", "q_proj.bias", "k_proj.weight", "v_proj.weight", "v_proj.bias"] + vit_attention[2:]
-table_4 = {  # tokens at 224 px, class token included, and the weights that phase 2 trains
-    "vit_base_patch16_224.mae": (197, vit_attention),
-    "vit_base_patch16_224.dino": (197, vit_attention),
-    "vit_base_patch16_224.augreg_in21k_ft_in1k": (197, vit_attention),
-    "vit_base_patch16_clip_224.openai": (197, vit_attention),
-    "vit_base_patch14_dinov2.lvd142m": (257, vit_attention),
-    "vit_base_patch16_clip_224.laion2b": (197, vit_attention),
-    "beitv2_base_patch16_224.in1k_ft_in22k": (197, beit_attention),
-    "eva02_base_patch14_224.mim_in22k": (257, eva_attention),
-    "eva02_base_patch16_clip_224.merged2b": (197, eva_attention),
-}
-
-
-@pytest.mark.parametrize("name", table_4)
-def test_trunk_is_timm_with_hooks(name, monkeypatch):
-    n_tokens, attention = table_4[name]
-    depth, layers, used = 4, "blocks.{0,2}", [0, 2]  # 4 blocks, which are alike, for speed
-    if name == train_head.TRUNK:  # the report's own whole
-        depth, layers, used = 12, train_head.LAYERS, [0, 2, 4, 6, 8, 10]
-    create, whole = timm.create_model, []
-
-    def create_and_keep(*arguments, **options):
-        vit = create(*arguments, **options, depth=depth)
-        for parameter_name, p in vit.named_parameters():
-            if "gamma" in parameter_name:
-                nn.init.constant_(p, 0.3)  # from 1e-5, at which every block gives nearly its input
-        whole.append(copy.deepcopy(vit))
-        return vit
-
-    monkeypatch.setattr(timm, "create_model", create_and_keep)
-    trunk, own = Trunk(name, layers, pretrained=False).train(), timm.get_pretrained_cfg(name)
-    assert trunk.feature_shapes == [(n_tokens, 768)] * len(used)
-    assert (trunk.mean, trunk.std) == (own.mean, own.std)
-    assert not any(p.requires_grad for p in trunk.parameters())
-    kept = range(used[-1] + 1)  # nothing above the last block in use
-    assert {n.split(".")[2] for n, _ in trunk.named_parameters() if ".blocks." in n} == set(map(str, kept))
-    assert set(trunk.attention_parameters()) == {f"vit.blocks.{i}.attn.{n}" for i in kept for n in attention}
-
-    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    expected = block_outputs(whole[0], images)
-    with torch.no_grad():
-        found = trunk(images)
-    assert len(expected) == depth and len(found) == len(used)
-    for i, x in zip(used, found):  # the same operations; room for another order of sums
-        torch.testing.assert_close(x, expected[i], rtol=1e-5, atol=1e-5)
-        assert (x - expected[i + 1]).abs().max() > 0.01
-
-
-@pytest.mark.parametrize(
-    "pattern, expected",
-    [
-        ("blocks.{0,2,10}", ["blocks.0", "blocks.2", "blocks.10"]),
-        ("blocks.{9..11}", ["blocks.9", "blocks.10", "blocks.11"]),
-        ("blocks.7 blocks.3", ["blocks.3", "blocks.7"]),  # in the trunk's order
-        ("blocks.*", [f"blocks.{i}" for i in range(12)]),  # whole blocks, not what is in them
-        ("blocks.1?", ["blocks.10", "blocks.11"]),
-        ("blocks.{2,5}.*", ["blocks.2.attn", "blocks.5.attn"]),
-        ("blocks.*.attn", [f"blocks.{i}.attn" for i in range(12)]),
-        ("blocks.{0,12}", "layer pattern blocks.12 .*matches nothing.*blocks.0 … blocks.11"),
-        ("blocks.0 blocks.9'", "layer pattern blocks.9' .*matches nothing"),
-        ("patch*", "layer pattern .*matches nothing"),
-        ("", "names no layer"),
-    ],
-)
-def test_layer_patterns(pattern, expected):
-    names = ["patch_embed", *(f"blocks.{i}{part}" for i in range(12) for part in ("", ".attn", ".attn.proj"))]
-    if isinstance(expected, list):
-        assert model.match_layers(names, pattern) == expected
-    else:
-        with pytest.raises(Problem, match=expected):
-            model.match_layers(names, pattern)
-
-
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("resnet50", "resnet50 has no transformer blocks"),
-        ("swin_tiny_patch4_window7_224", "has no transformer blocks"),
-        ("eva02_tiny_patch14_224.mim_in2k", f"unknown trunk .*near it: {tiny}"),
-        (tiny, "layer pattern blocks.30 .*matches nothing"),
-    ],
-)
-def test_unusable_trunks_are_refused(name, message):
-    with pytest.raises(Problem, match=message):
-        Trunk(name, "blocks.{0,30}", image_size=56, pretrained=False)
-
-
-def test_unusable_layers_and_sizes_are_refused():
-    with pytest.raises(Problem, match="layer blocks.0.attn.attn_drop .*gives features of shape None"):
-        Trunk(tiny, "blocks.0.attn.attn_drop", image_size=56, pretrained=False)
-    with pytest.raises(Problem, match="IMAGE_SIZE is 57, expected a multiple of 14"):
-        Trunk(tiny, "blocks.0", image_size=57, pretrained=False)
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_trunk(monkeypatch):
-    """Same features, same gradients, same names; a compiler that fails is told in one message."""
-    images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    trunks = [Trunk(tiny, "blocks.0", pretrained=False) for _ in range(2)]
-    training.compile_trunk(trunks[1], images, torch.float32)
-    results = []
-    for trunk in trunks:
-        parameters = [trunk.get_parameter(name).requires_grad_(True) for name in trunk.attention_parameters()]
-        (features,) = trunk(images)
-        features.square().mean().backward()
-        results.append((features.detach(), *(p.grad for p in parameters)))
-    for plain, compiled in zip(*results):
-        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item())
-    assert trunks[1].state_dict().keys() == trunks[0].state_dict().keys()
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(Problem, match="torch.compile fails here .*no-such-compiler.*--compile false"):
-        training.compile_trunk(Trunk(tiny, "blocks.0", image_size=112, pretrained=False), images[..., :112, :112], torch.float32)
-
-
-def test_trunk_weights_come_from_the_seed_or_a_local_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(Problem, match=f"weights/{tiny}.safetensors"):  # no network: says where to put it
-        Trunk(tiny, "blocks.0", image_size=56)
-    a, b, c = (Trunk(tiny, "blocks.0", image_size=56, pretrained=False, seed=s).state_dict() for s in (3, 3, 4))
-    assert all(torch.equal(v, b[n]) for n, v in a.items())
-    assert not torch.equal(b["vit.patch_embed.proj.weight"], c["vit.patch_embed.proj.weight"])
-
-    torch.manual_seed(5)
-    there, images = timm.create_model(tiny, pretrained=False), torch.randn(1, 3, 224, 224)
-    (tmp_path / "weights").mkdir()
-    weights = {n: v.contiguous() for n, v in there.state_dict().items()}
-    save_file(weights, tmp_path / "weights" / f"{tiny}.safetensors")
-    with torch.no_grad():
-        found = Trunk(tiny, "blocks.{0,3}")(images)[1]
-    torch.testing.assert_close(found, block_outputs(there, images)[3], rtol=1e-5, atol=1e-5)
-
-
 # ---- crops --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("crop_scale, image_size", [(0.8, 224), (0.3, 224), (0.5, 56)])
@@ -445,7 +305,7 @@ class Patches(nn.Module):
     """Stands in for a trunk: 4 x 4 px patches, and their squares, as features."""
 
     image_size, mean, std = 8, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)
-    layers, settings = ["blocks.0", "blocks.1"], {"layers": "blocks.*"}
+    layers, settings, stored = ["blocks.0", "blocks.1"], {"layers": "blocks.*"}, set()
 
     def forward(self, images):
         x = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)

@@ -202,7 +202,7 @@ class Learner:
         encoder.head.dropout = s.FEATURE_DROPOUT
         important = {k: v for k, v in settings.items() if k not in unimportant}
         self.inputs = {**important, **made_from, "precision": str(precision).removeprefix("torch.")}
-        self.inputs["trunk_fingerprint"] = trunk_fingerprint(encoder.trunk_state())
+        self.inputs["trunk_fingerprint"] = trunk_fingerprint(encoder.trunk_state(), encoder.trunk.stored)
         self.trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
         # fused: one pass over the weights; on a CPU 0.008 of the trunk's forward, else 0.027 (benchmark.py)
         self.optimizer = torch.optim.AdamW(
