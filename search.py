@@ -112,7 +112,7 @@ def ranges():
     return {name: globals()[f"{name}_RANGE"] for name in searched if f"{name}_RANGE" in globals()}
 
 
-def ask(study, begun, n, n_components, sampler=new_sampler):
+def ask(study, begun, n, n_components):
     """n trials of one round, drawn one after the other in the knowledge of all others.
 
     begun: trials that a killed process left half drawn; they come first.
@@ -125,7 +125,7 @@ def ask(study, begun, n, n_components, sampler=new_sampler):
         seed = int(np.random.default_rng([SEED, 4, number]).integers(2**31))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.sampler = optuna.samplers.PartialFixedSampler(fixed, sampler(seed))
+            study.sampler = optuna.samplers.PartialFixedSampler(fixed, new_sampler(seed))
         trial = optuna.trial.Trial(study, begun[i]._trial_id) if i < len(begun) else study.ask()
         fixed = {"CROP_SCALE": suggest(trial, n_components)["CROP_SCALE"]}
         asked.append(trial)
@@ -340,7 +340,8 @@ def plot_search(found, path):
     if len(found["number"]):
         first.legend(loc="lower right")
         # a trial that went astray would flatten all others
-        first.set_ylim(bottom=max(found["val_r2"].min(), np.median(found["val_r2"]) - np.ptp(found["best"]) - 0.05))
+        least = max(found["val_r2"].min(), np.median(found["val_r2"]) - np.ptp(found["best"]) - 0.05)
+        first.set_ylim(bottom=least - 0.05 * (found["best"][-1] - least))
     for panel, (name, values) in zip(others, found["constants"].items()):
         if values.dtype.kind in "if":
             panel.scatter(values, found["val_r2"], c=found["number"], s=12, cmap="viridis")
