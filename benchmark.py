@@ -10,6 +10,8 @@ activity are random at full resolution: no data is needed. Parts:
     prepare   decoding and resizing on one core and on all
     host      peak host memory of stages 1 to 4 on a simulated challenge folder of HOST_SIZE
     processes a phase-1 step in 1, 2, … processes (torchrun), what they say to each other, and memory
+    search    how good what each of Optuna's samplers finds is, on a surface fitted to heads trained at random
+              constants on simulated data (an hour on two cores: not among the defaults)
     scaling   cost at 1/8, 1/4, 1/2 and full size, as far as MAX_SIZE lets it
 """
 
@@ -59,6 +61,8 @@ HOST_SIZE = 0.02  # of the challenge's samples, for part host; 1 needs 32 GB of 
 MAX_SIZE = 0.25  # of the full size, the largest in part scaling; 1 needs 16 GB of RAM
 SCALING_PCA_DIM = 256  # components of the PCA in part scaling
 N_PICTURES = 512  # PNG files of parts prepare, host and scaling
+SEARCH_TRIALS = 384  # heads trained at random constants (part search)
+SEARCH_RUNS = 20  # searches with each sampler (part search)
 TEMPORARY = ""  # folder for simulated data (5 GB at full size, part host 32 GB); empty: the system's
 
 process_pictures = 8192  # of part processes: 1.6 GB
@@ -522,6 +526,77 @@ def measure_processes(device, precision):
     found = re.search(r"Pss:\s*(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
     memory = sum(processes.gather_objects(int(found[1]) * 1024 / 1e9))  # proportional: shared pages count once
     print("measured:", json.dumps({"step": seconds, "said": sum(exchanged) / REPEATS, "memory": memory}))
+# ---- part search --------------------------------------------------------------------------------
+
+
+def part_search(folder):
+    import optuna
+
+    import search
+
+    folder, script = Path(folder), Path(__file__).parent
+    demo.simulate(folder / "challenge", n_train=160, n_test=5, picture_size=80, vertex_step=16)
+    for stage, *arguments in (
+        ("prepare_data", f"--challenge_dir={folder / 'challenge'}"), ("fit_pca", "--pca_dim=64", "--device=cpu"),
+    ):  # fmt: skip
+        command = [sys.executable, script / f"{stage}.py", f"--data_dir={folder / 'data'}", *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    settings = dict(
+        DATA_DIR=str(folder / "data"), RUN_DIR=str(folder / "run"), TRUNK=demo.TRUNK, PRETRAINED=False, IMAGE_SIZE=56,
+        LAYERS_CHOICES="blocks.{0,1}; blocks.0; blocks.1", LATENT_DIM_RANGE=(16, 128), PCA_DIM_RANGE=(8, 64),
+        BATCH_SIZE=64, STEPS=80, DEVICE="cpu", TRIALS=SEARCH_TRIALS, HEADS=16,
+    )  # fmt: skip
+    for name, value in settings.items():
+        setattr(search, name, value)
+    samplers = {
+        "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+        "TPE": lambda seed: optuna.samplers.TPESampler(seed=seed, constant_liar=False),
+        "TPE, constant liar": lambda seed: optuna.samplers.TPESampler(seed=seed, constant_liar=True),
+        "TPE, multivariate": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=False),
+        "TPE, multivariate, constant liar": lambda seed: optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, constant_liar=True
+        ),
+        "Gaussian process": lambda seed: optuna.samplers.GPSampler(seed=seed),
+    }
+    search.new_sampler = samplers["random"]
+    search.main()
+    trials = [t for t in search.read_study(folder / "run/study.journal").get_trials() if t.value is not None]
+    surface, quality = response_surface([t.params for t in trials], [t.value for t in trials])
+    values = surface([t.params for t in trials])
+    row(f"simulated heads, {len(trials)} of them at random constants", f"{values[0]:.4f}", f"the report's; best {values.max():.4f}")
+    row("  the surface fitted to them explains", f"{quality:.2f}", "of the held-out variance of their R²")
+    for name, sampler in samplers.items():
+        search.new_sampler = sampler
+        found = np.array([simulated_search(search, optuna, surface, seed) for seed in range(SEARCH_RUNS)])
+        at = [f"{np.median(found[:, n - 1]):.4f}" for n in (16, 32, 48)]
+        row(f"best of 16 trials, {name}", at[0], f"32: {at[1]}, 48: {at[2]} (quarter {np.quantile(found[:, 47], 0.25):.4f})")
+
+
+def response_surface(parameters, values):
+    """A forest of R² over the constants: (function of dicts of constants -> R², explained part of held-out variance)."""
+    from sklearn.ensemble import ExtraTreesRegressor
+
+    layers = sorted({p["LAYERS"] for p in parameters})
+
+    def columns(parameters):
+        shown = [p | {name: np.log(p[name]) for name in ("LEARNING_RATE", "WEIGHT_DECAY")} for p in parameters]
+        return np.array([[*(p[k] for k in sorted(p) if k != "LAYERS"), *(p["LAYERS"] == k for k in layers)] for p in shown])
+
+    forest = ExtraTreesRegressor(300, min_samples_leaf=2, bootstrap=True, oob_score=True, random_state=0)
+    forest.fit(columns(parameters), np.clip(values, np.quantile(values, 0.1), None))  # what went astray is all the same
+    return lambda parameters: forest.predict(columns(parameters)), forest.oob_score_
+
+
+def simulated_search(search, optuna, surface, seed, n_trials=48, heads=8):
+    """Best value so far (n_trials,) of a search whose heads have the surface's values."""
+    search.SEED = seed
+    study, values = optuna.create_study(direction="maximize"), []
+    for _ in range(n_trials // heads):
+        asked = search.ask(study, [], heads, n_components=search.PCA_DIM_RANGE[1])
+        values.extend(surface([trial.params for trial in asked]))
+        for trial, value in zip(asked, values[-heads:]):
+            study.tell(trial, value)
+    return np.maximum.accumulate(values)
 
 
 # ---- part scaling -------------------------------------------------------------------------------
@@ -564,23 +639,26 @@ def main():
     precision = choose_precision(PRECISION, device)
     if processes.launched():
         return measure_processes(device, precision)
-    parts = {name.strip() for name in PARTS.split(",")}
-    known = {"step", "memory", "pca", "prepare", "host", "processes", "scaling"}
-    if not parts <= known:
-        raise Problem(f"PARTS is {PARTS!r}, expected some of {', '.join(sorted(known))}")
     batch_size = BATCH_SIZE or (512 if device.type == "cuda" else 32)
+    parts = {  # each takes a folder for what it writes
+        "step": lambda folder: part_step(device, precision, batch_size),
+        "memory": lambda folder: part_memory(device, precision),
+        "pca": lambda folder: part_pca(device, folder),
+        "prepare": part_prepare,
+        "host": part_host,
+        "processes": lambda folder: part_processes(device, batch_size, folder),
+        "search": part_search,
+        "scaling": lambda folder: part_scaling(device, batch_size, folder),
+    }
+    chosen = [name.strip() for name in PARTS.split(",")]
+    if not set(chosen) <= parts.keys():
+        raise Problem(f"PARTS is {PARTS!r}, expected some of {', '.join(parts)}")
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"{hardware}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {str(precision)[6:]}, {versions()}")
     print(f"trunk {TRUNK}, layers {LAYERS}")
-    if "step" in parts:
-        part_step(device, precision, batch_size)
-    if "memory" in parts:
-        part_memory(device, precision)
-    for name, part in (("pca", lambda f: part_pca(device, f)), ("prepare", part_prepare),
-                       ("host", part_host), ("processes", lambda f: part_processes(device, batch_size, f)), ("scaling", lambda f: part_scaling(device, batch_size, f))):  # fmt: skip
-        if name in parts:
-            with tempfile.TemporaryDirectory(dir=TEMPORARY or None) as folder:
-                part(folder)
+    for name in chosen:
+        with tempfile.TemporaryDirectory(dir=TEMPORARY or None) as folder:
+            parts[name](folder)
 
 
 if __name__ == "__main__":

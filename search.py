@@ -1,0 +1,484 @@
+"""Search of phase 1's constants: Bayesian optimisation, HEADS trials at a time on one pass of the trunk.
+
+Reads DATA_DIR (prepared data, PCA). Writes below RUN_DIR: head.pt, the best trial's checkpoint, which every later
+stage takes; search.csv, one row a trial; search.png; study.journal, Optuna's storage. Ends with the command that
+trains the winner in full. Stopped at any moment, the same command continues. Started several times, on other GPUs
+or on other machines with the same folder, the processes share the trials of one study.
+
+The report tuned its constants by some 50 trials of Bayesian optimisation on the validation median R² (Training
+recipe). Its ranges are not published; those below are ours.
+"""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import shlex
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import optuna
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import TrialState
+
+import fit_pca
+import prepare_data
+import train_head
+import training
+from common import (
+    Problem, check_least, choose_device, choose_precision, constants, differences, open_locked, run_script,
+    sole_writer, write_whole,
+)  # fmt: skip
+from model import Trunk, split_patterns
+
+DATA_DIR = prepare_data.DATA_DIR  # prepared data and PCA
+RUN_DIR = "runs/search"  # the study, tables, figure and the best head.pt are written there
+TRIALS = 48  # of the study, those of earlier runs and other processes included (report: roughly 50)
+HEADS = 8  # trials at a time, which share pictures, crops and trunk
+
+LEARNING_RATE_RANGE = (1e-4, 1e-2)  # drawn on a logarithmic scale; here and below: equal ends fix the constant
+WEIGHT_DECAY_RANGE = (0.01, 3.0)  # logarithmic
+FEATURE_DROPOUT_RANGE = (0.0, 0.97)
+LATENT_DIM_RANGE = (256, 2048)
+PCA_DIM_RANGE = (256, 2048)  # components used; what fit_pca.py fitted is the most there can be
+LAYERS_CHOICES = "blocks.{0,2,4,6,8,10}; blocks.{4,6,8,10}; blocks.{2,5,8}"  # with semicolons between them
+CROP_SCALE_RANGE = (0.5, 1.0)  # one for all heads of a round, which share their pictures
+
+TRUNK = train_head.TRUNK  # timm name
+PRETRAINED = True  # false: random weights, for tests
+IMAGE_SIZE = train_head.IMAGE_SIZE  # px, input of the trunk
+BATCH_SIZE = train_head.BATCH_SIZE  # samples per optimiser step, shared by the heads of a round
+MICRO_BATCH = 0  # samples at a time; 0: the whole batch
+STEPS = 1250  # of a trial, with a twentieth of warm-up: the report's short schedule (Table 4)
+FULL_SCHEDULE = 4  # the winner is then trained for so many times STEPS (report: 5000)
+VALIDATE_EVERY = 0  # steps; 0: once per epoch-equivalent
+SEED = prepare_data.SEED  # governs what is drawn, initialisation, order, crops and dropout
+PRECISION = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
+DEVICE = "auto"  # auto, cpu, cuda or cuda:N
+COMPILE = False  # true: torch.compile the trunk
+OVERWRITE = False  # start a new study although RUN_DIR holds one
+
+own_pace = ("TRIALS", "HEADS", *training.unimportant)  # may differ between runs and processes of one study
+searched = ("LEARNING_RATE", "WEIGHT_DECAY", "FEATURE_DROPOUT", "LATENT_DIM", "PCA_DIM", "LAYERS", "CROP_SCALE")
+
+
+# ---- what is drawn ------------------------------------------------------------------------------
+
+
+def new_sampler(seed):
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+
+
+def layers_choices():
+    return [" ".join(split_patterns(part)) for part in LAYERS_CHOICES.split(";") if part.strip()]
+
+
+def suggest(trial, n_components):
+    """Draw what a trial's constants have not yet been given -> {NAME: value}."""
+
+    def size(name, low, high):
+        step = 8 if low % 8 == high % 8 == 0 else 1  # GPUs multiply matrices of such sizes faster
+        return trial.suggest_int(name, low, high, step=step)
+
+    return {
+        "CROP_SCALE": trial.suggest_float("CROP_SCALE", *CROP_SCALE_RANGE),
+        "LEARNING_RATE": trial.suggest_float("LEARNING_RATE", *LEARNING_RATE_RANGE, log=True),
+        "WEIGHT_DECAY": trial.suggest_float("WEIGHT_DECAY", *WEIGHT_DECAY_RANGE, log=True),
+        "FEATURE_DROPOUT": trial.suggest_float("FEATURE_DROPOUT", *FEATURE_DROPOUT_RANGE),
+        "LATENT_DIM": size("LATENT_DIM", *LATENT_DIM_RANGE),
+        "PCA_DIM": size("PCA_DIM", *(min(end, n_components) for end in PCA_DIM_RANGE)),
+        "LAYERS": trial.suggest_categorical("LAYERS", layers_choices()),
+    }
+
+
+def report_constants(n_components):
+    """train_head.py's constants (report, Table 2) as far as the ranges hold them: the first trial."""
+    known = {name: getattr(train_head, name) for name in searched}
+    known["PCA_DIM"] = min(known["PCA_DIM"] or n_components, n_components)
+    known["LAYERS"] = " ".join(split_patterns(known["LAYERS"]))
+    inside = {name: low <= known[name] <= high for name, (low, high) in ranges().items()}
+    inside["LAYERS"] = known["LAYERS"] in layers_choices()
+    return {name: value for name, value in known.items() if inside[name]}
+
+
+def ranges():
+    """{NAME: (least, most)} of the numbers that are searched."""
+    return {name: globals()[f"{name}_RANGE"] for name in searched if f"{name}_RANGE" in globals()}
+
+
+def ask(study, begun, n, n_components):
+    """n trials of one round, drawn one after the other in the knowledge of all others.
+
+    begun: trials that a killed process left half drawn; they come first.
+    """
+    asked, fixed = [], {}
+    for i in range(n):
+        # seeded by the trial's number: several processes draw different ones, a continued study draws the same
+        number = begun[i].number if i < len(begun) else len(study.get_trials(deepcopy=False))
+        fixed = fixed or (report_constants(n_components) if number == 0 else {})
+        seed = int(np.random.default_rng([SEED, 4, number]).integers(2**31))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.sampler = optuna.samplers.PartialFixedSampler(fixed, new_sampler(seed))
+        trial = optuna.trial.Trial(study, begun[i]._trial_id) if i < len(begun) else study.ask()
+        fixed = {"CROP_SCALE": suggest(trial, n_components)["CROP_SCALE"]}
+        asked.append(trial)
+    return asked
+
+
+def trial_settings(parameters, folder):
+    """train_head.py's constants for a trial: a head from the search is one that train_head.py could have made."""
+    settings = constants(vars(train_head))
+    settings |= {name: value for name, value in constants(globals()).items() if name in settings}
+    settings |= parameters | {"RUN_DIR": str(folder), "WARMUP_STEPS": STEPS // 20, "OVERWRITE": False}
+    share = train_head.MIN_LEARNING_RATE / train_head.LEARNING_RATE  # a twentieth in the report
+    return settings | {"MIN_LEARNING_RATE": share * settings["LEARNING_RATE"]}
+
+
+# ---- the study, which several processes share ---------------------------------------------------
+
+
+@contextlib.contextmanager
+def waiting_for(path):
+    """Holds the kernel's lock on path, which ends with the process; yields None where there are no locks."""
+    while True:
+        try:
+            file = open_locked(path)
+            break
+        except Problem:  # another process holds it, for as long as a few lines take
+            time.sleep(0.02)
+    with file or contextlib.nullcontext():
+        yield file
+
+
+class JournalLock:
+    """Optuna's own locks are files, which a killed process leaves behind for the others to wait for."""
+
+    def __init__(self, journal):
+        self.journal, self.plain = Path(journal), JournalFileOpenLock(str(journal))
+
+    def acquire(self):
+        self.held = contextlib.ExitStack()
+        if self.held.enter_context(waiting_for(self.journal.with_name(".journal.lock"))) is None:
+            self.plain.acquire()
+            self.held.callback(self.plain.release)
+        text = self.journal.read_bytes()
+        if text and not text.endswith(b"\n"):  # a line that a full disk cut off would spoil the next
+            os.truncate(self.journal, text.rfind(b"\n") + 1)
+        return True
+
+    def release(self):
+        self.held.close()
+
+
+def open_study(folder, inputs):
+    """The study in folder, begun where there is none. inputs: what all its processes have to agree on. OVERWRITE
+    gives up one that is finished, or has other inputs."""
+    path = folder / "study.journal"
+    inputs = json.loads(json.dumps(inputs))
+    if OVERWRITE and path.exists() and is_over(path, inputs):
+        discard(folder)
+    if not (path.exists() or OVERWRITE) and (folder / "head.pt").exists():
+        raise Problem(f"{folder} holds the head.pt of another run, expected a folder of its own: choose another RUN_DIR")
+    study = read_study(path)
+    if "inputs" not in study.user_attrs:
+        study.set_user_attr("inputs", inputs)
+    elif changed := differences(study.user_attrs["inputs"], inputs):
+        raise Problem(
+            f"{path} is a study with other inputs:\n  " + "\n  ".join(changed) + "\nwith their former values the same "
+            "command continues it; or choose another RUN_DIR, or start anew with --overwrite true"
+        )
+    return study
+
+
+def read_study(path):
+    try:
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(path), JournalLock(path)))
+        return optuna.create_study(storage=storage, study_name="search", direction="maximize", load_if_exists=True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Problem(f"{path} cannot be read as Optuna's journal ({error}); --overwrite true starts a new study")
+
+
+def is_over(path, inputs):
+    try:
+        study = read_study(path)
+    except Problem:
+        return True
+    trials = study.get_trials(deepcopy=False)
+    finished = len(trials) >= TRIALS and all(trial.state.is_finished() for trial in trials)
+    return finished or study.user_attrs.get("inputs", inputs) != inputs
+
+
+def discard(folder):
+    """Give up the study in folder, unless a process works on it; its head.pt stays until there is another."""
+    with contextlib.ExitStack() as held:
+        workers = [path for path in folder.glob("worker-*") if path.is_dir()]
+        for path in workers:
+            held.enter_context(sole_writer(path, "search.py"))
+        (folder / "study.journal").unlink()
+        for path in workers:
+            clear(path)
+
+
+def clear(worker):
+    """Remove what a round that is told has left."""
+    for path in worker.glob("[!.]*"):
+        path.unlink()
+
+
+def take_round(study, folder, held, precision, n_components):
+    """-> (folder of a worker, its round's trials), or None: all are asked for. The worker's folder is locked in
+    held, and by that a round known to be somebody's: one whose process was killed is taken over."""
+
+    def hold(worker):
+        try:
+            held.enter_context(sole_writer(worker, "search.py"))
+            return True
+        except Problem:
+            return False
+
+    def members(mark):
+        return [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get("round") == mark]
+
+    with waiting_for(folder / ".study.lock"):
+        trials = study.get_trials(deepcopy=False)
+        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        marks = [trial.user_attrs["round"] for trial in running if "round" in trial.user_attrs]
+        for mark in marks:
+            worker = folder / mark["worker"]
+            if mark["precision"] == precision and hold(worker):
+                return worker, members(mark)
+        begun = [trial for trial in running if "round" not in trial.user_attrs]
+        n = min(HEADS, TRIALS - len(trials) + len(begun))
+        if n <= 0:
+            return None
+        taken = {mark["worker"] for mark in marks}
+        names = (f"worker-{k}" for k in itertools.count())
+        worker = next(folder / name for name in names if name not in taken and hold(folder / name))
+        clear(worker)  # a process was killed between telling its round and this
+        asked = ask(study, begun, n, n_components)
+        mark = {"worker": worker.name, "first": asked[0].number, "precision": precision}
+        for trial in asked:
+            trial.set_user_attr("round", mark)
+        return worker, members(mark)
+
+
+def tell_round(study, folder, trials, learners):
+    """Enter the results of a round; the best trial's checkpoint is copied first, so that a told one is there."""
+    with waiting_for(folder / ".study.lock"):
+        scores = [float("nan") if learner.progress.failed else learner.progress.best for learner in learners]
+        told = [trial.value for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])]
+        best = max(range(len(scores)), key=lambda i: -math.inf if math.isnan(scores[i]) else scores[i])
+        if scores[best] > max(told, default=-math.inf):
+            with open(learners[best].output, "rb") as source, write_whole(folder / "head.pt") as file:
+                shutil.copyfileobj(source, file, 1 << 24)
+        for trial, score in zip(trials, scores):
+            failed = not math.isfinite(score)
+            study.tell(
+                trial.number, None if failed else score, TrialState.FAIL if failed else None, skip_if_finished=True
+            )
+        write_results(study, folder)
+    return scores
+
+
+# ---- table and figure ---------------------------------------------------------------------------
+
+
+def write_results(study, folder):
+    trials = study.get_trials(deepcopy=False)
+    text = io.StringIO()
+    rows = [row_of(trial) for trial in trials if "round" in trial.user_attrs]
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with write_whole(folder / "search.csv") as file:
+        file.write(text.getvalue().encode())
+    plot_search(search_curves(study), folder / "search.png")
+
+
+def row_of(trial):
+    """trial, val_r2 (empty without one), state (complete, fail, running), then every constant."""
+    settings = trial_settings(trial.params, "")
+    kept = {name: value for name, value in settings.items() if name not in training.unimportant}
+    shown = {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in kept.items()}
+    return {"trial": trial.number, "val_r2": trial.value, "state": trial.state.name.lower(), **shown}
+
+
+def search_curves(study):
+    """What the figure shows: number and val_r2 (n,) of the finished trials and best (n,) so far; constants
+    {NAME: (n,)} that differ between trials; importance {NAME: share of R²'s variance}, empty for few trials."""
+    trials = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    r2 = np.array([trial.value for trial in trials])
+    values = {name: [trial.params[name] for trial in trials] for name in searched}
+    varied = {name: np.array(v) for name, v in values.items() if len(set(v)) > 1}
+    importance = {}
+    if len(trials) >= 8 and len(set(r2)) > 1 and varied:
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=SEED)
+        importance = optuna.importance.get_param_importances(study, evaluator=evaluator, params=list(varied))
+    best = np.maximum.accumulate(r2) if len(r2) else r2
+    numbers = np.array([trial.number for trial in trials])
+    return {"number": numbers, "val_r2": r2, "best": best, "constants": varied, "importance": importance}
+
+
+def plot_search(found, path):
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    n_columns = 3
+    n_rows = -(-(2 + len(found["constants"])) // n_columns)
+    figure, panels = plt.subplots(n_rows, n_columns, figsize=(10, 2.8 * n_rows), layout="constrained", squeeze=False)
+    first, *others = panels.flat
+    first.plot(found["number"], found["val_r2"], ".", color="0.6", label="trial")
+    first.step(found["number"], found["best"], where="post", color="C1", label="best so far")
+    first.set(xlabel="trial", ylabel="validation median R²")
+    if len(found["number"]):
+        first.legend(loc="lower right")
+        # a trial that went astray would flatten all others
+        least = max(found["val_r2"].min(), np.median(found["val_r2"]) - np.ptp(found["best"]) - 0.05)
+        first.set_ylim(bottom=least - 0.05 * (found["best"][-1] - least))
+    for panel, (name, values) in zip(others, found["constants"].items()):
+        if values.dtype.kind in "if":
+            panel.scatter(values, found["val_r2"], c=found["number"], s=12, cmap="viridis")
+            if name in ("LEARNING_RATE", "WEIGHT_DECAY"):
+                panel.set_xscale("log")
+        else:
+            kinds = sorted(set(values))
+            panel.scatter([kinds.index(v) for v in values], found["val_r2"], c=found["number"], s=12, cmap="viridis")
+            panel.set_xticks(range(len(kinds)), kinds, fontsize=6)
+            panel.margins(x=0.3)
+        panel.set(xlabel=name, ylim=first.get_ylim())
+    last = others[len(found["constants"])]
+    last.barh(list(found["importance"])[::-1], list(found["importance"].values())[::-1], color="0.5")
+    last.tick_params(axis="y", labelsize=7)
+    last.set(xlabel="importance (share of R²'s variance)")
+    for panel in others[len(found["constants"]) + 1 :]:
+        panel.axis("off")
+    with write_whole(path) as file:
+        figure.savefig(file, dpi=150, format="png")
+    plt.close(figure)
+
+
+# ---- the search ---------------------------------------------------------------------------------
+
+
+def check_settings():
+    check_least(globals(), TRIALS=1, HEADS=1, STEPS=1, FULL_SCHEDULE=1)
+    for name, limits in ranges().items():
+        if len(limits) != 2 or limits[0] > limits[1]:
+            raise Problem(f"{name}_RANGE is {limits}, expected two numbers, the smaller one first")
+        if name in ("LEARNING_RATE", "WEIGHT_DECAY") and limits[0] <= 0:
+            raise Problem(f"{name}_RANGE is {limits}, expected numbers above 0, as they are drawn on a logarithmic scale")
+    layers = layers_choices()
+    if not layers:
+        raise Problem("LAYERS_CHOICES is empty, expected patterns of layers with semicolons between them")
+    for end in range(2):  # as train_head.py would
+        training.check_settings(trial_settings({n: limits[end] for n, limits in ranges().items()} | {"LAYERS": layers[0]}, RUN_DIR))
+
+
+def train_round(trunk, folder, trials, data, pca, device, precision):
+    """-> the learners of a round's trials at its end, and the signal that asked to stop after it, or 0."""
+    settings = [trial_settings(trial.params, folder) for trial in trials]
+    learners = [
+        train_head.new_learner(trunk, s, f"trial-{trial.number:04d}.pt", data, pca, device, precision)
+        for s, trial in zip(settings, trials)
+    ]
+    together = training.Training("search", learners, data, pca, settings[0], tolerant=True)
+    together.run()
+    return learners, together.stop.signal
+
+
+def main():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    check_settings()
+    settings = constants(globals())
+    data = prepare_data.load(DATA_DIR)
+    pca = fit_pca.load(DATA_DIR, data)
+    device = choose_device(DEVICE)
+    precision = choose_precision(PRECISION, device)
+    n_components = pca.components.shape[1]
+    folder = Path(RUN_DIR)
+    folder.mkdir(parents=True, exist_ok=True)
+    trunk = Trunk(TRUNK, " ".join(layers_choices()), image_size=IMAGE_SIZE, pretrained=PRETRAINED, seed=SEED)
+    inputs = {name: value for name, value in settings.items() if name not in own_pace}
+    inputs |= {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
+    with waiting_for(folder / ".study.lock"):
+        study = open_study(folder, inputs)
+    begun, n_done = time.monotonic(), 0
+    while True:
+        with contextlib.ExitStack() as held:
+            found = take_round(study, folder, held, str(precision), n_components)
+            if not found:
+                break
+            worker, trials = found
+            learners, stopped = train_round(trunk, worker, trials, data, pca, device, precision)
+            scores = tell_round(study, folder, trials, learners)
+            clear(worker)
+        n_done += len(trials)
+        describe_round(study, trials, scores, (time.monotonic() - begun) / n_done)
+        if stopped:
+            raise SystemExit(128 + stopped)
+    conclude(study, folder)
+
+
+def best_trial(study):
+    """The best one that is finished, or None."""
+    trials = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    return max(trials, key=lambda trial: (trial.value, -trial.number), default=None)
+
+
+def describe_round(study, trials, scores, seconds_a_trial):
+    everyone = study.get_trials(deepcopy=False)
+    finished = sum(trial.state.is_finished() for trial in everyone)
+    workers = {t.user_attrs["round"]["worker"] for t in everyone if not t.state.is_finished() and "round" in t.user_attrs}
+    left = (TRIALS - finished) * seconds_a_trial / 60 / (len(workers) + 1)
+    good = [score for score in scores if math.isfinite(score)]
+    failed = f", {len(scores) - len(good)} failed" if len(good) < len(scores) else ""
+    best = best_trial(study)
+    so_far = f"best so far {best.value:.4f} (trial {best.number})" if best else "none so far"
+    print(
+        f"trials {trials[0].number} to {trials[-1].number}: best {max(good, default=math.nan):.4f}{failed}; {so_far}; "
+        f"{finished} of {TRIALS} finished, about {max(left, 0):.0f} min left",
+        flush=True,
+    )
+
+
+def conclude(study, folder):
+    with waiting_for(folder / ".study.lock"):
+        write_results(study, folder)
+    trials = study.get_trials(deepcopy=False)
+    unfinished = [trial.number for trial in trials if not trial.state.is_finished()]
+    if unfinished:
+        print(f"trials {', '.join(map(str, unfinished))} are with other processes; should these be gone, the same command "
+              "in their precision continues")  # fmt: skip
+    best = best_trial(study)
+    if best is None:
+        raise Problem(f"no trial of {len(trials)} came to its end: lower LEARNING_RATE_RANGE, see {folder / 'search.csv'}")
+    print(f"best of {len(trials)} trials: trial {best.number}, val median R² {best.value:.4f}")
+    for name in searched:
+        value = best.params[name]
+        print(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
+    if best.value <= 0:
+        print("which is not above zero: no better than predicting every vertex's mean (README, small data)")
+    print(f"wrote {folder / 'head.pt'}, {folder / 'search.csv'}, {folder / 'search.png'}")
+    print(f"In full, {FULL_SCHEDULE} times the steps:\n{winner_command(best, folder)}")
+
+
+def winner_command(trial, folder):
+    """The command line that trains a trial's head in full."""
+    settings = trial_settings(trial.params, f"{folder}_full") | {"STEPS": FULL_SCHEDULE * STEPS}
+    settings["WARMUP_STEPS"] = settings["STEPS"] // 20
+    usual = constants(vars(train_head))
+    given = {name: v for name, v in settings.items() if v != usual[name] or name in ("DATA_DIR", "RUN_DIR", *searched)}
+    words = {name: str(v).lower() if isinstance(v, bool) else v for name, v in given.items()}
+    words = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in words.items()}
+    return shlex.join(["python", "train_head.py", *(part for n, v in words.items() for part in (f"--{n.lower()}", v))])
+
+
+if __name__ == "__main__":
+    run_script(main, globals())
