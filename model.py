@@ -441,33 +441,53 @@ class Encoder(nn.Module):
         parameters = list(self.head.parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
-    @torch.inference_mode()
     def predict(self, images, subjects, *, batch_size=64, precision=torch.float32):
-        """Activity of whole pictures for several subjects; trunk and projections run once.
-
-        images: (n, 256, 256, 3) uint8 array or tensor; subjects: indices, None for the group prediction
-        -> a list with one (n, n_vertices of the common space) float32 tensor on the CPU for each of subjects.
-        """
-        [h] = feature_latents([self], images, batch_size=batch_size, precision=precision)
-        return [torch.cat([self.decode(part, s).cpu() for part in h.split(batch_size)]) for s in subjects]
+        """Activity of whole pictures, see predict_mean."""
+        return predict_mean([self], images, subjects, batch_size=batch_size, precision=precision)
 
     def decode(self, h, subject):
         """Feature latents h (n, latent_dim) -> activity (n, n_vertices) of one subject (an index; None: group)."""
-        index = None if subject is None else torch.full((len(h),), subject, device=h.device)
-        return self.head.decode(self.head.encode(h, index), group=subject is None)
+        head = self.head
+        z = F.linear(h, head.shared)  #                             (n, pca_dim)
+        if subject is not None:  # of this subject alone: Head.encode maps for all
+            z = z + F.linear(h, head.subject_weight[subject], head.subject_bias[subject])
+        return head.decode(z, group=subject is None)
+
+
+@torch.inference_mode()
+def predict_mean(encoders, images, subjects, *, batch_size=64, precision=torch.float32):
+    """Activity of whole pictures for several subjects, mean over encoders of one vertex space.
+
+    images: (n, 256, 256, 3) uint8 array or tensor; subjects: indices, None for the group prediction
+    -> a list with one (n, n_vertices of the common space) float32 tensor on the CPU for each of subjects.
+    """
+    latents = feature_latents(encoders, images, batch_size=batch_size, precision=precision)
+    parts = list(zip(*(h.split(batch_size) for h in latents)))  # decoded a batch at a time: bounds a GPU's memory
+    return [torch.cat([decode_mean(encoders, part, s).cpu() for part in parts]) for s in subjects]
+
+
+def decode_mean(encoders, latents, subject):
+    """Mean over encoders of the activity that each decodes from its feature latents: (n, n_vertices)."""
+    first, *others = (encoder.decode(h, subject) for encoder, h in zip(encoders, latents))
+    for activity in others:
+        first += activity
+    return first.div_(len(encoders)) if others else first
 
 
 @torch.inference_mode()
 def feature_latents(encoders, images, *, batch_size=64, precision=torch.float32, update=None):
-    """h of whole pictures for encoders that share one trunk, as of_features reads them.
+    """h of whole pictures as of_features reads them; a trunk that several encoders share runs once.
 
     -> for each encoder h (n, latent_dim) float32 on its device. The only way to predict: training's validation,
-    submission, evaluation and own pictures all come through here.
+    submission, evaluation and own pictures all come through here. update: told of the first trunk's batches.
     """
-    for encoder in encoders:
-        encoder.eval()
-    functions = [encoder.latents for encoder in encoders]
-    return of_features(encoders[0].trunk, images, functions, batch_size=batch_size, precision=precision, update=update)
+    latents, options = {}, dict(batch_size=batch_size, precision=precision)
+    for trunk in dict.fromkeys(encoder.eval().trunk for encoder in encoders):
+        own = [i for i, encoder in enumerate(encoders) if encoder.trunk is trunk]
+        found = of_features(trunk, images, [encoders[i].latents for i in own], update=update, **options)
+        latents |= dict(zip(own, found))
+        update = None
+    return [latents[i] for i in range(len(encoders))]
 
 
 @torch.inference_mode()
@@ -500,7 +520,7 @@ def check_images(images):
     if found != "uint8" or len(shape) != 4 or shape[1:] != (picture_size, picture_size, 3) or not shape[0]:
         raise Problem(
             f"pictures are {found} of shape {shape}, expected uint8 values 0 to 255 of shape (n, {picture_size}, "
-            f"{picture_size}, 3): predict.read_picture(path) reads a file so"
+            f"{picture_size}, 3): pictures.read_picture(path) reads a file so"
         )
 
 
@@ -609,11 +629,11 @@ class Space:
         return len(self.vertices)
 
     def hemisphere(self, subject, hemi):
-        """Columns of the common space that subject (an index) has in hemi ("lh" or "rh"), in the
-        order of the challenge's columns: (n,) int64."""
+        """Columns of the common space that subject (an index; None: the group) has in hemi ("lh" or "rh"), in
+        the order of the challenge's columns: (n,) int64."""
         columns = torch.arange(self.n_vertices)
         side = columns < self.n_lh if hemi == "lh" else columns >= self.n_lh
-        return columns[side & self.mask[subject]]
+        return columns[side & torch.from_numpy(self.present(subject))]
 
     def present(self, subject=None):
         """(n_vertices,) bool array: which vertices a subject (an index) has; the group has all."""
@@ -628,13 +648,19 @@ class Space:
         return np.array(list(votes))[np.argmax(list(votes.values()), axis=0)]
 
     def regions(self, subject=None):
-        """{(ROI group, ROI): (n_vertices,) bool}: all vertices, then each group's ROIs, together and singly."""
+        """{(ROI group, ROI): (n_vertices,) bool}: all vertices, then each group's ROIs, together, singly, and in one
+        piece those that are labelled in parts: V1 of V1v and V1d, FFA of FFA-1 and FFA-2."""
         has = self.present(subject)
         found = {("all", "all"): has}
         for group, roi in self.rois.items():
             labels = self.roi_labels(group, subject)
             found[group, "all"] = has & (labels > 0)
             found |= {(group, name): has & (labels == v) for v, name in roi["names"].items() if v > 0}
+            for v, name in roi["names"].items():
+                part = re.fullmatch(r"(?P<whole>V\d)[vd]|(?P<area>.+)-\d", name)
+                if part and v > 0:
+                    area = group, part["whole"] or part["area"]
+                    found[area] = found.get(area, False) | found[group, name]
         return found
 
 

@@ -5,53 +5,71 @@ The challenge (IMAGES empty): reads DATA_DIR and a checkpoint; writes SUBMISSION
 these folders at its root. Prints median R² on the private test split, writes it beside the checkpoint.
 
 Own pictures: python predict.py --images FOLDER_OR_FILE --subject subj01; needs the checkpoint only.
-Pictures are centre-cropped to a square and resized as in preparation. OUTPUT_DIR gets rois.csv, the
-mean over every ROI (one row per picture, subject and ROI), and per subject and picture
+Pictures are centre-cropped to a square and resized as in preparation. OUTPUT_DIR gets
 
-    subj01/NAME_{lh,rh}.npy       float32 (n_vertices of that hemisphere,), the challenge's order
-    subj01/NAME_{lh,rh}.func.gii  float32 (163842,) on fsaverage, NaN where nothing is predicted
-    subj01/NAME.png               the picture and its predicted activity on a flat map
+    pictures.csv                    names the rows of the arrays
+    subj01/activity_{lh,rh}.npy     (n_pictures, n_vertices of that hemisphere), the challenge's order
+    subj01/fsaverage_{lh,rh}.npy    (n_vertices,) which vertices of fsaverage these are
+    rois.csv                        mean over every ROI, a row per picture, subject and ROI
+    subj01/NAME_{lh,rh}.func.gii    float32 (163842,) on fsaverage, NaN where nothing is predicted,
+    subj01/NAME.png                 the picture and its predicted activity on a flat map: both for a handful
+                                    of pictures; for more where GIFTI and MAPS are set as high
+
+Contrast: python predict.py --images faces/ --contrast places/ predicts both folders and writes the difference
+of their means, with t over pictures, to OUTPUT_DIR: subj01/{difference,t}_{lh,rh}.npy and .func.gii, maps
+subj01/{difference,t}.png, and rois.csv.
+
+Every folder gets predictions.json: the checkpoint, constants and versions that made it. A call that was killed
+goes on with the same command. From Python: load_encoder() (README).
 """
 
-import csv
-import io
+import contextlib
+import dataclasses
 import json
-import os
 import re
-import warnings
 import zipfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image
 
 import prepare_data
 import train_head
-from checkpoint import check_made, check_scorable, load_checkpoint, read_checkpoint
-from common import Problem, check_least, choose_device, choose_precision, progress, run_script, write_whole
-from flatmap import FlatMap, describe_maps, save_figure
+from checkpoint import check_made, check_scorable, load_checkpoint, read_checkpoint, trunk_fingerprint
+from common import (
+    Problem, check_least, choose_device, choose_precision, constants, fingerprint, progress, run_script, write_whole,
+)  # fmt: skip
+from flatmap import FlatMap, fit_limits, save_figure
+from model import decode_mean, feature_latents, predict_mean
+from pictures import check_headers, find_pictures, nsd_id, read_batches, to_picture
+from results import ActivityWriter, RoiMeans, csv_bytes, draw_map, gifti_bytes, open_results, roi_columns
+from scores import r2_score
 from training import Validation
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data; not needed for IMAGES
 CHALLENGE_DIR = prepare_data.CHALLENGE_DIR  # of IMAGES: vertex masks for the authors' weights, without DATA_DIR
 RUN_DIR = train_head.RUN_DIR  # holds finetuned.pt or head.pt
-CHECKPOINT = ""  # a checkpoint's path; empty: RUN_DIR/finetuned.pt where it exists, else head.pt
+CHECKPOINT = ""  # a checkpoint, or several with commas, averaged; empty: RUN_DIR/finetuned.pt if there, else head.pt
 SUBMISSION_DIR = "submission"  # predictions and zip are written there
 IMAGES = ""  # a picture, or a folder of them with its subfolders; empty: the challenge's test pictures
+CONTRAST = ""  # a second folder: write the difference of mean predictions, IMAGES less CONTRAST
 SUBJECT = "all"  # of IMAGES: names such as subj01,subj05; group: subject-agnostic; all: everyone and group
 OUTPUT_DIR = "predictions"  # of IMAGES
-MAPS = True  # of IMAGES: draw flat maps; half a second for each picture and subject
+ARRAY_TYPE = "float32"  # of activity_{lh,rh}.npy; float16 halves the disk, rounds to 1 in 2,000
+GIFTI = 20  # write GIFTI files of up to so many pictures, for more arrays only; 0: of none
+MAPS = 20  # draw flat maps of up to so many pictures, half a second for each picture and subject; 0: of none
 OUTLINES = "streams"  # ROI group outlined on flat maps; empty: none
 FSAVERAGE_DIR = ""  # flat_left.gii.gz … of full fsaverage; empty: nilearn's data folder, else fsaverage5
-MAP_RANGE = 1.0  # z, colour scale of predicted activity ends at ± this, two of its deviations at R² 0.2
+MAP_RANGE = 0.0  # z, colour scale of predicted activity ends at ± this; 0: what fits a picture's maps
 BATCH_SIZE = 64  # pictures at a time
 PRECISION = "auto"  # auto, bfloat16, float16 or float32
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
+OVERWRITE = False  # replace other predictions in SUBMISSION_DIR or OUTPUT_DIR
 
-picture_formats = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "PPM")
-largest_picture = 100e6  # pixels; protects memory
+
+# ---- checkpoints ----------------------------------------------------------------------------------
 
 
 def choose_checkpoint(path, run_dir):
@@ -64,6 +82,10 @@ def choose_checkpoint(path, run_dir):
             f"no checkpoint: {' and '.join(map(str, candidates))} not found. Run python train_head.py --run_dir "
             f"{run_dir}, or name one with --checkpoint"
         )
+    if chosen.is_dir():
+        inside = sorted(chosen.glob("*.pt"))
+        inside = [p for p in inside if not p.name.endswith(".state.pt")] or [chosen / "finetuned.pt"]
+        raise Problem(f"{chosen} is a folder, expected a checkpoint's file, such as {' or '.join(map(str, inside[:3]))}")
     if not path and chosen == finetuned and head.exists():
         made = read_checkpoint(finetuned)
         if not made["made_with"]["CHECKPOINT"]:  # else it started from another one, whatever lies here
@@ -72,232 +94,394 @@ def choose_checkpoint(path, run_dir):
     return chosen
 
 
+def choose_checkpoints(paths, run_dir):
+    """As choose_checkpoint, of several with commas between them: a list."""
+    parts = [part.strip() for part in paths.split(",") if part.strip()]
+    if Path(paths).exists() or len(parts) < 2:
+        parts = [paths]
+    return [choose_checkpoint(part, run_dir) for part in parts]
+
+
 def describe_checkpoint(path, made):
     """Say what predicts."""
-    print(f"predicting with {path} (step {made['step']}, validation median R² {made['scores'].get('val_r2', np.nan):.4f})")
+    r2 = made["scores"].get("val_r2", np.nan)
+    print(f"predicting with {path} (step {made['step']}, validation median R² {r2:.4f}, fingerprint {made['fingerprint']})")
     if not made["finished"]:
         print(f"{path} is the best so far of a training that has not ended; the same training command continues it")
 
 
-# ---- the challenge ------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Activity:
+    """Predicted activity of one subject, or of the group, in z-scores of the challenge's data."""
+
+    lh: np.ndarray  # (n_pictures, n_vertices of the left hemisphere) float32, in the challenge's order
+    rh: np.ndarray
+    lh_fsaverage: np.ndarray  # (n_vertices of the left hemisphere,) int64: which of fsaverage's 163,842 they are
+    rh_fsaverage: np.ndarray
 
 
-def write_submission(folder, data, predict):
-    """predict: (images, subject index) -> (n_images, n_vertices) in the common space."""
-    files = []
-    for s, subject in enumerate(progress(data.space.subjects, desc="predicting", unit="subject")):
-        images = data.images[data.test_image[data.test_subject == s]]
-        if not len(images):
-            print(f"{subject}: no test pictures in the challenge folder, no prediction")
-            continue
-        prediction = predict(images, s)
-        for hemi in prepare_data.hemis:
-            files.append(folder / subject / f"{hemi}_pred_test.npy")
-            with write_whole(files[-1]) as file:
-                np.save(file, prediction[:, data.space.hemisphere(s, hemi)].numpy())
-    if files:
-        with write_whole(folder / "submission.zip") as file, zipfile.ZipFile(file, "w") as archive:
-            for path in files:
-                archive.write(path, path.relative_to(folder))
-        print(f"wrote {folder / 'submission.zip'} with {len(files)} files")
+class Ensemble:
+    """Checkpoints of one vertex space whose predictions are averaged; most often it is one.
+
+    checkpoints: [(path, dict as load_checkpoint gives)]; encoders, those of equal trunks share one.
+    """
+
+    def __init__(self, encoders, space, checkpoints, precision):
+        self.encoders, self.space, self.checkpoints, self.precision = encoders, space, checkpoints, precision
+
+    def predict(self, images, subjects, *, batch_size=64):
+        """images (n, 256, 256, 3) uint8, subjects: indices, None for the group -> see model.predict_mean."""
+        return predict_mean(self.encoders, images, subjects, batch_size=batch_size, precision=self.precision)
+
+    def activity(self, pictures, subjects="all", *, batch_size=64):
+        """pictures: one or several paths, PIL pictures or uint8 arrays (height, width, 3), of any sizes; subjects:
+        names in a list or with commas, "group", or "all" for everyone and the group -> {name: Activity}."""
+        chosen = choose_subjects(subjects, self.space)
+        single = isinstance(pictures, (str, Path, Image.Image)) or np.ndim(pictures) not in (1, 4)
+        pictures = [pictures] if single else list(pictures)
+        if not pictures:
+            raise Problem("no pictures are given, expected one or more")
+        with ThreadPoolExecutor() as pool:
+            parts = []
+            for start in range(0, len(pictures), batch_size):
+                images = np.stack(list(pool.map(to_picture, pictures[start : start + batch_size])))
+                parts.append(self.predict(images, chosen.values(), batch_size=batch_size))
+        found = {}
+        for (name, s), *whole in zip(chosen.items(), *parts):
+            whole = torch.cat(whole).numpy()
+            columns = [self.space.hemisphere(s, hemi).numpy() for hemi in prepare_data.hemis]
+            vertices = [self.space.vertices.numpy()[own] for own in columns]
+            found[name] = Activity(*(whole[:, own] for own in columns), *vertices)
+        return found
+
+    def describe(self):
+        for path, made in self.checkpoints:
+            describe_checkpoint(path, made)
+
+    def record(self):
+        """What predictions.json says of the checkpoints."""
+        kept = ("fingerprint", "step", "finished", "scores", "made_with")
+        return [{"path": str(path)} | {name: made[name] for name in kept} for path, made in self.checkpoints]
+
+    def fingerprints(self):
+        return [made["fingerprint"] for _, made in self.checkpoints]
 
 
-def predict_challenge(path, device, precision):
-    data = prepare_data.load(DATA_DIR)
-    encoder, _, made = load_checkpoint(path, device, space=data.space)
-    remedy = f"point DATA_DIR ({DATA_DIR}) to the data it was trained on, or train anew"
-    check_made(path, made, remedy, data_fingerprint=data.fingerprint)
-    describe_checkpoint(path, made)
+def load_encoder(checkpoint, device="auto", precision="auto", space=None):
+    """What predicts, see Ensemble.activity. checkpoint: a path, or several in a list or with commas: they are averaged.
 
-    def predict(images, s):
-        return encoder.predict(images, [s], batch_size=BATCH_SIZE, precision=precision)[0]
-
-    write_submission(Path(SUBMISSION_DIR), data, predict)
-    try:
-        check_scorable(path, made, data, "test")
-    except Problem as problem:
-        print(f"no private test scores: {problem}")
-        return
-    [found] = Validation(data, data.images, "test", BATCH_SIZE)([encoder], precision, "test")
-    scores = made["scores"] | found
-    print(f"{'private test':12} median R²")
-    for key, score in scores.items():
-        if key.startswith("test_r2"):
-            print(f"{key.removeprefix('test_r2').strip('_') or 'all':12} {score:.4f}")
-    scores_path = path.with_name(f"{path.stem}_scores.json")
-    with write_whole(scores_path) as file:
-        file.write(json.dumps(scores, indent=1).encode())
-    print(f"wrote {scores_path}")
+    space: vertex space of the prepared data; only the authors' weights need it, which hold none: else it comes
+    from DATA_DIR or CHALLENGE_DIR.
+    """
+    if isinstance(checkpoint, (str, Path)):
+        paths = choose_checkpoints(str(checkpoint), "") if str(checkpoint) else []
+    else:
+        paths = [choose_checkpoint(path, "") for path in checkpoint]
+    if not paths:
+        raise Problem("no checkpoint is given, expected a path such as runs/base/finetuned.pt")
+    device = choose_device(device)
+    found = [load_checkpoint(path, device, space or find_space) for path in paths]
+    encoders, spaces, made = zip(*found)
+    for path, other in zip(paths, spaces):
+        unlike = unlike_parts(spaces[0], other)
+        if unlike:
+            raise Problem(
+                f"{paths[0]} and {path} differ in their {', '.join(unlike)}, expected checkpoints of one vertex space: "
+                "trained on the same prepared data, or on data of the same subjects"
+            )
+    share_trunks(encoders)
+    return Ensemble(list(encoders), spaces[0], list(zip(paths, made)), choose_precision(precision, device))
 
 
-# ---- own pictures -------------------------------------------------------------------------------
+def find_space():
+    return prepare_data.find_space(DATA_DIR, CHALLENGE_DIR)
 
 
-def find_pictures(images, output_dir):
-    """{name: path} in sorted order. Names are paths below the folder without their ending, with it
-    where two would be equal. Files of other kinds are left out and counted."""
-    root = Path(images)
-    if root.is_file():
-        return {root.stem: root}
-    if not root.is_dir():
-        raise Problem(f"{root} not found, expected a picture or a folder of pictures in IMAGES")
-    endings = {e for e, kind in Image.registered_extensions().items() if kind in picture_formats}
-    files = [p.relative_to(root) for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-    files = [p for p in files if Path(output_dir).resolve() not in (root / p).resolve().parents]
-    pictures = [p for p in files if p.suffix.lower() in endings]
-    others = [str(p) for p in files if p.suffix.lower() not in endings]
-    if others:
-        some = ", ".join(others[:3]) + " …" * (len(others) > 3)
-        print(f"left out {len(others)} files whose names are no picture's: {some}")
-    if not pictures:
-        raise Problem(f"{root} holds no picture, expected {', '.join(sorted(endings))}")
-    unique = max(Counter(p.with_suffix("") for p in pictures).values()) == 1
-    return {(p.with_suffix("") if unique else p).as_posix(): root / p for p in pictures}
+def unlike_parts(a, b):
+    """Names of what differs between two vertex spaces."""
+    parts = {"subjects": a.subjects == b.subjects, "vertices": a.n_lh == b.n_lh and torch.equal(a.vertices, b.vertices)}
+    return [name for name, same in parts.items() if not same] or ["masks"] * (not torch.equal(a.mask, b.mask))
 
 
-def open_picture(path):
-    """-> RGB picture, upright as the camera held it. Transparent parts become white, 16-bit grey 8-bit."""
-    with Image.open(path, formats=[kind for kind in picture_formats if kind in Image.OPEN]) as picture:
-        if np.prod(picture.size) > largest_picture:
-            raise ValueError(f"{picture.width} x {picture.height} pixels, expected up to {largest_picture:.0f}")
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I;16"):
-            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        if picture.mode in ("I", "F"):
-            raise ValueError(f"32-bit grey values (mode {picture.mode}), expected 8 or 16 bit")
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
-
-
-def read_picture(path):
-    """-> (256, 256, 3) uint8: the largest centred square, resized as prepare_data.py does."""
-    picture = open_picture(path)
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return prepare_data.resize_picture(picture.crop((left, top, left + side, top + side)))
-
-
-def check_pictures(pictures, pool):
-    """Decode every picture once, so that damaged ones are told before anything is written."""
-
-    def look(path):
-        try:
-            return open_picture(path).size
-        except Exception as error:  # decoders raise whatever they like
-            return f"{path}: {' '.join(str(error).split())}"
-
-    Image.init()
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # largest_picture decides
-    bar = progress(pool.map(look, pictures.values()), "checking", len(pictures), unit="picture")
-    found = dict(zip(pictures, bar))
-    findings = prepare_data.Findings(fault for fault in found.values() if isinstance(fault, str))
-    findings.refuse("pictures that cannot be read; mend or remove them, nothing was written")
-    oblong = [f"{name} ({w} x {h})" for name, (w, h) in found.items() if w != h]
-    if oblong:
-        some = ", ".join(oblong[:3]) + " …" * (len(oblong) > 3)
-        print(f"centre-cropped to a square: {len(oblong)} of {len(found)} pictures: {some}")
+def share_trunks(encoders):
+    """Let encoders whose trunks are equal have one, which then runs once."""
+    known = {}
+    for encoder in encoders if len(encoders) > 1 else ():
+        trunk = encoder.trunk
+        shape = tuple(trunk.settings[name] for name in ("name", "layers", "image_size"))
+        encoder.trunk = known.setdefault((shape, trunk_fingerprint(trunk.state_dict())), trunk)
 
 
 def choose_subjects(names, space):
-    """{name: index in space, None for the group}."""
+    """{name: index in space, None for the group}. names: a list, or with commas; "all"."""
     known = dict(zip(space.subjects, range(len(space.subjects)))) | {"group": None}
-    chosen = list(known) if names == "all" else [n for n in re.split(r"[,\s]+", names) if n]
+    parts = re.split(r"[,\s]+", names) if isinstance(names, str) else list(names)
+    chosen = list(known) if parts == ["all"] else [part for part in parts if part]
     if not chosen or set(chosen) - set(known):
         raise Problem(f"SUBJECT is {names!r}, expected of this checkpoint's {', '.join(known)}, or all")
     return {name: known[name] for name in chosen}
 
 
-def write_activity(stem, activity, space, subject):
-    """activity (n_vertices of the common space,) -> npy and GIFTI of both hemispheres."""
-    from nibabel import gifti
-
-    for hemi, structure in zip(prepare_data.hemis, ("CortexLeft", "CortexRight")):
-        side = (np.arange(space.n_vertices) < space.n_lh) == (hemi == "lh")
-        own = side & space.present(subject)
-        with write_whole(f"{stem}_{hemi}.npy") as file:
-            np.save(file, activity[own])
-        whole = np.full(prepare_data.n_fsaverage, np.nan, np.float32)
-        whole[space.vertices.numpy()[own]] = activity[own]
-        array = gifti.GiftiDataArray(whole, intent="NIFTI_INTENT_NONE", datatype="NIFTI_TYPE_FLOAT32")
-        meta = gifti.GiftiMetaData(AnatomicalStructurePrimary=structure)
-        with write_whole(f"{stem}_{hemi}.func.gii") as file:
-            file.write(gifti.GiftiImage(darrays=[array], meta=meta).to_bytes())
+# ---- the challenge ------------------------------------------------------------------------------
 
 
-def csv_bytes(rows):
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
+def predict_challenge(paths):
+    data = prepare_data.load(DATA_DIR)
+    ensemble = load_encoder(paths, DEVICE, PRECISION, data.space)
+    remedy = f"point DATA_DIR ({DATA_DIR}) to the data it was trained on, or train anew"
+    for path, made in ensemble.checkpoints:
+        check_made(path, made, remedy, data_fingerprint=data.fingerprint)
+    ensemble.describe()
+    inputs = {"kind": "submission", "data": data.fingerprint}
+    with opened(SUBMISSION_DIR, "SUBMISSION_DIR", inputs, ensemble, data.space.subjects) as results:
+        if results:
+            write_submission(results, data, ensemble)
+    scores = score_private_test(ensemble, data)
+    if scores:
+        print(f"{'private test':12} median R²")
+        for key, score in scores.items():
+            if key.startswith("test_r2"):
+                print(f"{key.removeprefix('test_r2').strip('_') or 'all':12} {score:.4f}")
+        path, made = ensemble.checkpoints[0]
+        if len(paths) == 1:
+            path, scores = path.with_name(f"{path.stem}_scores.json"), made["scores"] | scores
+        else:
+            path = Path(SUBMISSION_DIR) / "scores.json"
+        with write_whole(path) as file:
+            file.write(json.dumps(scores, indent=1).encode())
+        print(f"wrote {path}")
 
 
-def roi_means(activity, areas, space):
-    """Means of activity (n_vertices,) over areas (regions()): rows of roi_group, roi, both, lh, rh."""
-    left = np.arange(space.n_vertices) < space.n_lh
-    for (roi_group, roi), area in areas.items():
-        parts = [activity[area & side] for side in (True, left, ~left)]
-        yield roi_group, roi, *(f"{part.mean():.6g}" if len(part) else "" for part in parts)
+def opened(folder, constant, inputs, ensemble, subjects, **options):
+    """open_results for predictions of an ensemble for subjects (names)."""
+    inputs |= {"checkpoints": ensemble.fingerprints(), "precision": str(ensemble.precision)[6:], "subjects": list(subjects)}
+    about = {"checkpoints": ensemble.record(), "constants": constants(globals())}
+    return open_results(folder, inputs, about, constant=constant, overwrite=OVERWRITE, **options)
 
 
-def predict_pictures(path, device, precision):
-    # only the authors' weights need a space from elsewhere
-    encoder, space, made = load_checkpoint(path, device, lambda: prepare_data.find_space(DATA_DIR, CHALLENGE_DIR))
-    describe_checkpoint(path, made)
+def write_submission(results, data, ensemble):
+    results.note()
+    files, rows = [], [("subject", "row", "nsd_id")]
+    for s, subject in enumerate(progress(data.space.subjects, desc="predicting", unit="subject")):
+        shown = data.test_image[data.test_subject == s]
+        if not len(shown):
+            print(f"{subject}: no test pictures in the challenge folder, no prediction")
+            continue
+        rows += [(subject, row, i) for row, i in enumerate(data.nsd_id[shown])]
+        [prediction] = ensemble.predict(data.images[shown], [s], batch_size=BATCH_SIZE)
+        for hemi in prepare_data.hemis:
+            files.append(results.path(f"{subject}/{hemi}_pred_test.npy"))
+            with write_whole(files[-1]) as file:
+                np.save(file, prediction[:, data.space.hemisphere(s, hemi)].numpy())
+    with write_whole(results.path("pictures.csv")) as file:
+        file.write(csv_bytes(rows))
+    if files:
+        with write_whole(results.path("submission.zip")) as file, zipfile.ZipFile(file, "w") as archive:
+            for path in files:
+                archive.write(path, path.relative_to(results.aside))
+    results.finish()
+    if files:
+        print(f"wrote {results.folder / 'submission.zip'} with {len(files)} files")
+
+
+def score_private_test(ensemble, data):
+    """{"test_loss": …, "test_r2": …, "test_r2_subj01": …}, as validation scores; nothing where that would not be honest."""
+    try:
+        for path, made in ensemble.checkpoints:
+            check_scorable(path, made, data, "test")
+    except Problem as problem:
+        print(f"no private test scores: {problem}")
+        return {}
+    validation = Validation(data, data.images, "test", BATCH_SIZE)
+    scored = [None] * len(validation.rows)
+    for s, rows in enumerate(validation.rows):
+        if len(rows):
+            [prediction] = ensemble.predict(data.images[data.image[rows]], [s], batch_size=BATCH_SIZE)
+            activity = torch.from_numpy(data.read_activity(rows)).float()
+            scored[s] = (activity - prediction).square().mean().item(), r2_score(activity, prediction)[data.space.mask[s]]
+    return validation.summary(scored, "test")
+
+
+# ---- own pictures -------------------------------------------------------------------------------
+
+
+def predict_pictures(ensemble):
+    subjects = choose_subjects(SUBJECT, ensemble.space)
+    pictures = find_pictures(IMAGES, OUTPUT_DIR)
+    names, n = list(pictures), len(pictures)
+    with ThreadPoolExecutor() as pool:
+        stamps = list(check_headers(pictures, pool).values())
+        draws = {"GIFTI": n <= GIFTI and ensemble.space.unit == "vertices", "MAPS": n <= MAPS}
+        inputs = {"kind": "activity", "pictures": fingerprint(names), "stamps": fingerprint(stamps), "ARRAY_TYPE": ARRAY_TYPE, **draws}
+        if draws["MAPS"]:
+            inputs |= {"OUTLINES": OUTLINES, "FSAVERAGE_DIR": FSAVERAGE_DIR, "MAP_RANGE": MAP_RANGE}
+
+        def continues(partial, now):
+            """Whether the pictures predicted so far are the same; a damaged one among the others may be mended."""
+            n_done = partial.get("n_done", 0)
+            changed = {name for name in now if partial["inputs"].get(name) != now[name]}
+            return changed <= {"stamps"} and partial.get("done") == fingerprint(stamps[:n_done])
+
+        with opened(OUTPUT_DIR, "OUTPUT_DIR", inputs, ensemble, subjects, continues=continues) as results:
+            if results:
+                write_pictures(results, ensemble, subjects, pictures, stamps, draws, pool)
+
+
+def write_pictures(results, ensemble, subjects, pictures, stamps, draws, pool):
+    """Predict pictures {name: path} for subjects {name: index} batch by batch, written meanwhile by a thread."""
+    space, names, device = ensemble.space, list(pictures), ensemble.encoders[0].head.embed_bias.device
+    rois = {subject: RoiMeans(space, s, device) for subject, s in subjects.items()}
+    flat_map = FlatMap(space, FSAVERAGE_DIR) if draws["MAPS"] else None
+    output = ActivityWriter(
+        results, space, subjects, names, stamps, rois, dtype=np.dtype(ARRAY_TYPE), gifti=draws["GIFTI"],
+        flat_map=flat_map, outlines={subject: flat_map.outlines(OUTLINES, s) for subject, s in subjects.items() if flat_map},
+        map_range=MAP_RANGE,
+    )  # fmt: skip
+    with contextlib.closing(output), ThreadPoolExecutor(1) as writer, \
+            progress(total=len(names), initial=output.n_done, desc="predicting", unit="picture") as bar:  # fmt: skip
+        waiting = None
+        for start, images in read_batches(list(pictures.values()), BATCH_SIZE, pool, output.n_done):
+            latents = feature_latents(ensemble.encoders, images, batch_size=BATCH_SIZE, precision=ensemble.precision)
+            found = {name: activity_of(ensemble, latents, s, rois[name]) for name, s in subjects.items()}
+            if waiting:
+                waiting.result()
+            waiting = writer.submit(output.write, start, images, found)
+            bar.update(len(images))
+        if waiting:
+            waiting.result()
+    with write_whole(results.path("pictures.csv")) as file:
+        rows = [(row, name, path, nsd_id(name)) for row, (name, path) in enumerate(pictures.items())]
+        file.write(csv_bytes([("row", "picture", "file", "nsd_id"), *rows]))
+    results.finish()
+    drawn = [what for what, draw in (("GIFTI files", draws["GIFTI"]), ("maps", draws["MAPS"])) if draw]
+    more = f", {' and '.join(drawn)} of each" if drawn else "; arrays only: --gifti and --maps say up to how many get more"
+    print(f"wrote {results.folder}: {len(names)} pictures for {', '.join(subjects)}{more}")
+
+
+@torch.inference_mode()
+def activity_of(ensemble, latents, subject, roi_means):
+    """Activity (n, n_vertices) as ARRAY_TYPE and ROI means (n, n_filled) of one subject, on the CPU."""
+    activity = decode_mean(ensemble.encoders, latents, subject)
+    means = roi_means(activity)
+    return activity.to(getattr(torch, ARRAY_TYPE)).cpu().numpy(), means.cpu().numpy()
+
+
+# ---- contrasts ----------------------------------------------------------------------------------
+
+
+class Moments:
+    """Mean and variance over pictures, taken a batch at a time (Chan et al. 1979), in float64."""
+
+    def __init__(self):
+        self.n, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, values):
+        """values (n, n_values) tensor."""
+        values, n = values.double(), len(values)
+        mean = values.mean(0)
+        apart = mean - self.mean
+        self.squares = self.squares + (values - mean).square().sum(0) + apart**2 * (self.n * n / (self.n + n))
+        self.mean = self.mean + apart * (n / (self.n + n))
+        self.n += n
+
+    def error(self):
+        """Squared standard error of the mean; NaN of a single picture."""
+        return self.squares / (self.n - 1) / self.n if self.n > 1 else self.squares * torch.nan
+
+
+def welch(a, b):
+    """Difference of the means of two Moments, and its t value with variances that may differ (Welch's)."""
+    difference = a.mean - b.mean
+    return difference, difference / (a.error() + b.error()).sqrt()
+
+
+def predict_contrast(ensemble):
+    space = ensemble.space
     subjects = choose_subjects(SUBJECT, space)
-    pictures, output = find_pictures(IMAGES, OUTPUT_DIR), Path(OUTPUT_DIR)
-    areas = {subject: space.regions(s) for subject, s in subjects.items()}
-    if MAPS:
-        flat_map = FlatMap(space, FSAVERAGE_DIR)
-        outlines = {subject: flat_map.outlines(OUTLINES, s) for subject, s in subjects.items()}
-    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        check_pictures(pictures, pool)
-        names = list(pictures)
-        with write_whole(output / "rois.csv") as file, progress(total=len(names), desc="predicting", unit="picture") as bar:
-            file.write(csv_bytes([("picture", "subject", "roi_group", "roi", "both", "lh", "rh")]))
-            for start in range(0, len(names), BATCH_SIZE):
-                batch = names[start : start + BATCH_SIZE]
-                images = np.stack(list(pool.map(read_picture, [pictures[name] for name in batch])))
-                predictions = encoder.predict(images, subjects.values(), batch_size=BATCH_SIZE, precision=precision)
-                for i, name in enumerate(batch):
-                    for (subject, s), prediction in zip(subjects.items(), predictions):
-                        activity, stem = prediction[i].numpy(), output / subject / name
-                        write_activity(stem, activity, space, s)
-                        rows = roi_means(activity, areas[subject], space)
-                        file.write(csv_bytes((name, subject, *row) for row in rows))
-                        if MAPS:
-                            shown = np.where(space.present(s), activity, np.nan)
-                            title = f"{name}, {subject}"
-                            plot_picture(f"{stem}.png", title, images[i], shown, flat_map, outlines[subject])
-                    bar.update()
-    print(f"wrote {output}: {len(names)} pictures for {', '.join(subjects)}; rois.csv has the mean over every ROI")
+    sides = {folder: find_pictures(folder, OUTPUT_DIR) for folder in (IMAGES, CONTRAST)}
+    with ThreadPoolExecutor() as pool:
+        stamps = [list(check_headers(pictures, pool).values()) for pictures in sides.values()]
+        inputs = {"kind": "contrast", "pictures": fingerprint(*map(list, sides.values())), "stamps": fingerprint(*stamps)}
+        inputs |= {"OUTLINES": OUTLINES, "FSAVERAGE_DIR": FSAVERAGE_DIR, "MAPS": MAPS > 0, "GIFTI": GIFTI > 0}
+        with opened(OUTPUT_DIR, "OUTPUT_DIR", inputs, ensemble, subjects) as results:
+            if results:
+                write_contrast(results, ensemble, subjects, sides, pool)
 
 
-def plot_picture(path, title, picture, activity, flat_map, outlines):
-    """The picture as the model saw it beside its predicted activity (n_vertices,), NaN where missing."""
-    import matplotlib.pyplot as plt
+def measure_sides(ensemble, subjects, rois, sides, pool):
+    """-> {subject: [Moments of activity and ROI means together, (n_vertices + n_filled,), of either side]}."""
+    moments = {subject: [Moments() for _ in sides] for subject in subjects}
+    with progress(total=sum(map(len, sides.values())), desc="predicting", unit="picture") as bar, torch.inference_mode():
+        for k, pictures in enumerate(sides.values()):
+            for _, images in read_batches(list(pictures.values()), BATCH_SIZE, pool):
+                latents = feature_latents(ensemble.encoders, images, batch_size=BATCH_SIZE, precision=ensemble.precision)
+                for subject, s in subjects.items():
+                    activity = decode_mean(ensemble.encoders, latents, s)
+                    moments[subject][k].add(torch.cat([activity, rois[subject](activity)], 1))
+                bar.update(len(images))
+    return moments
 
-    width = 3 * flat_map.grey.shape[1] / flat_map.grey.shape[0]  # inches
-    figure, (left, right) = plt.subplots(1, 2, figsize=(4.2 + width, 3.4), width_ratios=(3, width), layout="constrained")
-    left.imshow(picture)
-    left.set_axis_off()
-    shown = flat_map.draw(right, activity, (-MAP_RANGE, MAP_RANGE), "RdBu_r", outlines, named=True)
-    describe_maps(figure, [shown], right, "predicted activity (z)", outlines)
-    figure.suptitle(title, fontsize=10, parse_math=False)
-    save_figure(figure, path)
+
+def write_contrast(results, ensemble, subjects, sides, pool):
+    space, device = ensemble.space, ensemble.encoders[0].head.embed_bias.device
+    rois = {subject: RoiMeans(space, s, device) for subject, s in subjects.items()}
+    moments = measure_sides(ensemble, subjects, rois, sides, pool)
+    results.note()
+    columns = ("roi_group", "roi", *(f"{what}_{side}" for what in ("difference", "t") for side in ("both", "lh", "rh")))
+    rows = [("subject", *columns, *roi_columns[-3:])]
+    flat_map = FlatMap(space, FSAVERAGE_DIR) if MAPS else None
+    for subject, s in subjects.items():
+        found = {name: v.cpu().numpy() for name, v in zip(("difference", "t"), welch(*moments[subject]))}
+        rows += contrast_rows(subject, rois[subject], *(v[space.n_vertices :] for v in found.values()))
+        maps = {name: np.where(space.present(s), v[: space.n_vertices], np.nan) for name, v in found.items()}
+        for name, values in maps.items():
+            for hemi in prepare_data.hemis:
+                with write_whole(results.path(f"{subject}/{name}_{hemi}.npy")) as file:
+                    np.save(file, values[space.hemisphere(s, hemi)].astype(np.float32))
+                if GIFTI and space.unit == "vertices":
+                    results.path(f"{subject}/{name}_{hemi}.func.gii").write_bytes(gifti_bytes(values, space, s, hemi))
+        if MAPS:
+            labels = {"difference": "difference of predicted activity (z)", "t": "t over pictures"}
+            title = f"{subject}: {' less '.join(f'{Path(folder).name} ({len(p)})' for folder, p in sides.items())}"
+            for name, values in maps.items():
+                outlines = flat_map.outlines(OUTLINES, s)
+                figure = draw_map(title, None, values, fit_limits([values]), labels[name], flat_map, outlines)
+                save_figure(figure, results.path(f"{subject}/{name}.png"))
+    with write_whole(results.path("rois.csv")) as file:
+        file.write(csv_bytes(rows))
+    with write_whole(results.path("pictures.csv")) as file:
+        rows = [(folder, name, path, nsd_id(name)) for folder, pictures in sides.items() for name, path in pictures.items()]
+        file.write(csv_bytes([("side", "picture", "file", "nsd_id"), *rows]))
+    results.finish()
+    counts = " less ".join(f"{folder} ({len(pictures)} pictures)" for folder, pictures in sides.items())
+    single = "; t needs two pictures or more on either side" if min(map(len, sides.values())) < 2 else ""
+    print(f"wrote {results.folder}: {counts} for {', '.join(subjects)}{single}")
+
+
+def contrast_rows(subject, rois, difference, t):
+    """Rows of rois.csv: difference, t (n_filled,) of the ROIs' means."""
+    table = np.full((2, rois.filled.size), np.nan)
+    table[:, rois.filled] = difference, t
+    table = table.reshape(2, -1, 3)
+    for k, (names, counts) in enumerate(zip(rois.areas, rois.counts)):
+        values = ("" if np.isnan(v) else f"{v:.6g}" for v in table[:, k].ravel())
+        yield (subject, *names, *values, *counts)
 
 
 def main():
-    check_least(globals(), BATCH_SIZE=1)
-    device = choose_device(DEVICE)
-    precision = choose_precision(PRECISION, device)
-    path = choose_checkpoint(CHECKPOINT, RUN_DIR)
-    if IMAGES:
-        predict_pictures(path, device, precision)
-    elif SUBJECT != "all":
-        raise Problem(f"SUBJECT is {SUBJECT}, but without IMAGES every subject's challenge pictures are predicted")
-    else:
-        predict_challenge(path, device, precision)
+    check_least(globals(), BATCH_SIZE=1, GIFTI=0, MAPS=0, MAP_RANGE=0)
+    if ARRAY_TYPE not in ("float32", "float16"):
+        raise Problem(f"ARRAY_TYPE is {ARRAY_TYPE!r}, expected float32 or float16")
+    if not IMAGES and (SUBJECT != "all" or CONTRAST):
+        name, value = ("CONTRAST", CONTRAST) if CONTRAST else ("SUBJECT", SUBJECT)
+        raise Problem(f"{name} is {value}, but without IMAGES every subject's challenge pictures are predicted")
+    paths = choose_checkpoints(CHECKPOINT, RUN_DIR)
+    if not IMAGES:
+        predict_challenge(paths)
+        return
+    ensemble = load_encoder(paths, DEVICE, PRECISION)
+    ensemble.describe()
+    (predict_contrast if CONTRAST else predict_pictures)(ensemble)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ def open_resized(path):
     return np.asarray(Image.open(path).resize((256, 256), Image.Resampling.BICUBIC))
 
 
+beside = {"submission.zip", "pictures.csv", "predictions.json"}  # of the subjects' folders
+
+
 # ---- preparation and PCA ------------------------------------------------------------------------
 
 def test_prepared_data_are_the_files(prepared, subjects):
@@ -268,7 +271,7 @@ def test_trained_embedding_on_a_subset(subset, tmp_path, capsys):
     run(predict, **folders, SUBMISSION_DIR=str(tmp_path / "submission"), DEVICE="cpu")
     text = capsys.readouterr().out
     assert f"predicting with {tmp_path / 'run/head.pt'}" in text and "subj08: no test pictures" in text
-    assert {path.name for path in (tmp_path / "submission").iterdir()} == {"subj06", "submission.zip"}
+    assert {path.name for path in (tmp_path / "submission").glob("[!.]*")} == {"subj06", *beside}
 
     tuned = trained(finetune, **options)
     assert not embedding & (tuned.trainable | tuned.changed)
@@ -321,7 +324,7 @@ def test_log_and_best_checkpoint(stage, output, steps, phase_2, fitted, subjects
 def test_submission_file_by_file(submission, subjects, fitted):
     files = {path.relative_to(submission).as_posix() for path in submission.rglob("*.npy")}
     assert files == {f"{name}/{h}_pred_test.npy" for name in subjects for h in hemis}
-    assert {path.name for path in submission.iterdir()} == {"submission.zip", *subjects}
+    assert {path.name for path in submission.glob("[!.]*")} == {*subjects, *beside}
     encoder = load_checkpoint(fitted.parent / "run" / "finetuned.pt")[0]
     with zipfile.ZipFile(submission / "submission.zip") as archive:
         assert sorted(archive.namelist()) == sorted(files)
