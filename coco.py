@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
-from tqdm import tqdm
 
-from common import Problem
+from common import Problem, progress
 
 shown = 425  # px, side of NSD's pictures
 columns = ("area", "bbox", "category", "iscrowd", "segmentation", "supercategory", "target")  # of objects
@@ -31,7 +30,7 @@ def read_annotations(folder, wanted):
     instance as in the file with "category" and "supercategory" added
     """
     found = {}
-    for (kind, split), path in tqdm(annotation_files(folder).items(), desc="reading COCO's annotations", unit="file"):
+    for (kind, split), path in progress(annotation_files(folder).items(), desc="reading COCO's annotations", unit="file"):
         try:
             content = json.loads(path.read_bytes())
             pictures = {p["id"]: p for p in content["images"] if (split, p["id"]) in wanted}

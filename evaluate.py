@@ -14,6 +14,8 @@ Vertices that a subject lacks are never scored; a single picture gives no score.
     scores.csv    median and mean by prediction, subject, hemisphere, ROI group, ROI and metric
     vertices.npz  every vertex: (n_subjects, n_vertices) a metric, NaN where missing; fsaverage indices
     figure_*.png  the report's figures 2 to 4
+
+Of NSD-Flat (prepare_flat.py) these are pixels of its maps, and so they are called: pixels.npz, n_pixels.
 """
 
 import json
@@ -37,7 +39,7 @@ from training import read_log
 DATA_DIR = prepare_data.DATA_DIR  # prepared data and PCA
 RUN_DIR = predict.RUN_DIR  # holds finetuned.pt or head.pt
 CHECKPOINT = ""  # a checkpoint's path; empty: RUN_DIR/finetuned.pt where it exists, else head.pt
-SPLIT = "val"  # val, test (private) or challenge: the organisers' held-out activity in CHALLENGE_DIR
+SPLIT = "val"  # val, test (private) or challenge: the organisers' held-out activity in CHALLENGE_DIR, NSD-Flat's test
 SUBMISSION = ""  # a submission folder to score on challenge, instead of a checkpoint
 CHALLENGE_DIR = prepare_data.CHALLENGE_DIR  # may hold test_split/test_fmri and test_split/noise_ceiling
 NOISE_CEILING_DIR = ""  # with subjXX/…/{lh,rh}_noise_ceiling.npy; empty: CHALLENGE_DIR where it has them
@@ -88,6 +90,9 @@ def read_ceilings(space):
     """-> noise ceilings as fractions (n_subjects, n_vertices), NaN where there is none."""
     root = Path(NOISE_CEILING_DIR or CHALLENGE_DIR)
     ceilings = np.full((len(space.subjects), space.n_vertices), np.nan)
+    if space.unit != "vertices":
+        print(f"{space.unit} have no noise ceilings, so no challenge score; their scores are not comparable with vertices'")
+        return ceilings
     kinds = {}
     for s, subject in enumerate(space.subjects):
         for below in ("test_split/noise_ceiling", "noise_ceiling", ""):
@@ -115,6 +120,8 @@ def read_split(data, split, s):
         rows = data.samples(split, s)
         return data.image[rows], torch.from_numpy(data.read_activity(rows)).float()
     rows = data.test_image[data.test_subject == s]
+    if data.test_activity is not None:
+        return rows, torch.from_numpy(data.test_activity[data.test_subject == s]).float()
     folder = Path(CHALLENGE_DIR) / data.space.subjects[s] / "test_split" / "test_fmri"
     activity = read_sides(folder, "_test_fmri", data.space, s, (len(rows),)) if len(rows) else None
     if activity is None:
@@ -168,6 +175,8 @@ def measure(data, split, predictions, ceilings, example):
                 pairs = [[np.where(has, v[i], np.nan) for v in (activity, prediction)] for i in order]
                 examples = [(rows[i], r2[i], *pair) for i, pair in zip(order, pairs)]
     if not scores:
+        if data.test_activity is not None:
+            raise Problem("nothing to score in challenge: the files that were prepared held no test split; try --split val")
         raise Problem(
             f"nothing to score in {split}: {CHALLENGE_DIR}/subjXX/test_split/test_fmri/{{lh,rh}}_test_fmri.npy is not "
             "there for any subject of the prepared data; --split val scores the validation split"
@@ -213,7 +222,7 @@ def print_tables(table, n_images, space):
     whole = {"hemisphere": "both", "roi_group": "all", "roi": "all"}
     columns = [("median", "r2"), ("mean", "r2"), ("median", "r"), ("mean", "r"), ("mean", "challenge")]
     titles = ["median R²", "mean R²", "median r", "mean r", "challenge score"]
-    print(f"\n{'prediction':10} {'subject':8} {'images':>7} {'vertices':>9}", *(f"{t:>{len(t) + 1}}" for t in titles))
+    print(f"\n{'prediction':10} {'subject':8} {'images':>7} {space.unit:>9}", *(f"{t:>{len(t) + 1}}" for t in titles))
     for prediction in dict.fromkeys(row["prediction"] for row in table):
         chosen = [row for row in table if row["prediction"] == prediction and whole.items() <= row.items()]
         for subject, n in counts.items():
@@ -238,20 +247,22 @@ def write_scores(output, what, scores, table, n_images, ceilings, space):
             values = {k: None if np.isnan(row[k]) else row[k] for k in ("median", "mean")}
             headlines.setdefault(row["prediction"], {}).setdefault(row["subject"], {})[row["metric"]] = values
     counts = dict(zip(space.subjects, n_images))
-    content = {"scored": what, "versions": versions(), "n_images": counts, "scores": headlines}
+    content = {"scored": what | {"unit": space.unit}, "versions": versions(), "n_images": counts, "scores": headlines}
     with write_whole(output / "scores.json") as file:
         file.write(json.dumps(content, indent=1).encode())
     with write_whole(output / "scores.csv") as file:
         rows = [[f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in table]
-        file.write(csv_bytes([list(table[0]), *([("" if v == "nan" else v) for v in row] for row in rows)]))
+        names = [name.replace("vertices", space.unit) for name in table[0]]
+        file.write(csv_bytes([names, *([("" if v == "nan" else v) for v in row] for row in rows)]))
     hemisphere = np.where(np.arange(space.n_vertices) < space.n_lh, "lh", "rh")
     vertices = {f"{name}_{metric}": v for name, metrics in scores.items() for metric, v in metrics.items()}
-    with write_whole(output / "vertices.npz") as file:
+    index = "fsaverage_index" if space.unit == "vertices" else "map_index"
+    with write_whole(output / f"{space.unit}.npz") as file:
         np.savez_compressed(
-            file, subjects=np.array(space.subjects), fsaverage_index=space.vertices.numpy(), hemisphere=hemisphere,
-            noise_ceiling=ceilings, **vertices,
+            file, subjects=np.array(space.subjects), hemisphere=hemisphere, noise_ceiling=ceilings, **vertices,
+            **{index: space.vertices.numpy()},
         )  # fmt: skip
-    print(f"wrote {output}: scores.json, scores.csv, vertices.npz")
+    print(f"wrote {output}: scores.json, scores.csv, {space.unit}.npz")
 
 
 # ---- the report's figures -----------------------------------------------------------------------
@@ -362,7 +373,7 @@ def figure_4a(scores, space, flat_map):
         shown.append(flat_map.draw(panel, values, limits, "inferno", outlines, named=k == 0, line_colour="white"))
         median = finite_median(values)
         panel.set_title(title + (": not scored" if np.isnan(median) else f": {median:.3f}"), fontsize=11)
-    describe_maps(figure, shown, axes, "R² (in titles: median over the vertices)", outlines)
+    describe_maps(figure, shown, axes, f"R² (in titles: median over the {space.unit})", outlines)
     return figure
 
 

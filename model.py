@@ -614,7 +614,8 @@ class Space:
     subjects: names, n_subjects of them. vertices (n_vertices,) int64: index on fsaverage (of one
     hemisphere, 163,842). n_lh: how many of them are left. mask (n_subjects, n_vertices) bool: which
     vertices a subject has. rois: {group: {"names": {label: name}, "labels": (n_subjects,
-    n_vertices) int16, 0 where unlabelled}}; groups are streams, prf-visualrois, floc-….
+    n_vertices) int16, 0 where unlabelled}}; groups are streams, prf-visualrois, floc-…. unit: what is
+    called vertices here; of NSD-Flat's they are "pixels", counted row by row over its maps.
     """
 
     subjects: list

@@ -509,9 +509,9 @@ def write_prepared(
     space: Space. samples: {"subject", "image", "split" (n_samples,), "test_subject", "test_image"
     (n_test_samples,)}, as in Prepared. splits: "pictures", or how else they were made. nsd_id
     (n_images,). activity: blocks (n, n_vertices) of n_samples rows together, stored as dtype; images:
-    n_images pictures (256, 256, 3) uint8; test_activity: blocks of n_test_samples rows, where it comes with
-    the data. All are taken one by one, so that memory does not grow with them. inputs: {name: value} of all
-    that decides the result; made_with: the script's constants.
+    n_images pictures (256, 256, 3) uint8. Both are taken one by one, so that memory does not grow with
+    them; test_activity likewise, of the n_test_samples, where it comes with the data. inputs: {name:
+    value} of all that decides the result; made_with: the constants of the script, whose name is script.
     """
     data_dir = Path(data_dir)
     n_samples, n_images, dtype = len(samples["subject"]), len(nsd_id), np.dtype(dtype)
@@ -538,6 +538,7 @@ def write_prepared(
         facts = (space.subjects, space.n_lh, space.vertices, space.mask, splits, nsd_id)
         content = {
             "format": "prepared-2",
+            "script": script,
             "made_with": made_with,
             "versions": versions(),
             "inputs": inputs,
@@ -618,7 +619,7 @@ def load(folder):
         if found != expected:
             raise Problem(
                 f"{folder / name} is {found}, prepared.pt expects {expected}: files of different runs. python "
-                f"prepare_data.py --data_dir {folder} --overwrite true makes new ones"
+                f"{content['script']} --data_dir {folder} --overwrite true makes new ones"
             )
     arrays = {Path(name).stem: np.load(folder / name, mmap_mode="r") for name in content["files"]}
     samples = {name: v.numpy() for name, v in content["samples"].items()}
@@ -780,7 +781,7 @@ def prepare():
 
 def report(subjects, space, samples, seen):
     """Per subject: samples per split, vertices present and missing, pictures shared."""
-    names = ("subject", *split_names, "vertices", "missing", "shared", "challenge test")
+    names = ("subject", *split_names, space.unit, "missing", "shared", "challenge test")
     print("{:8} {:>6} {:>6} {:>6} {:>9} {:>8} {:>7} {:>15}".format(*names))
     for i, s in enumerate(subjects):
         counts = np.bincount(samples["split"][samples["subject"] == i], minlength=3)

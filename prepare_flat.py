@@ -31,7 +31,6 @@ import torch
 from PIL import Image
 from scipy import sparse
 from scipy.spatial import cKDTree
-from tqdm import tqdm
 
 import coco
 import prepare_data
@@ -43,6 +42,7 @@ from common import (
     constants,
     differences,
     fingerprint,
+    progress,
     run_script,
     sole_writer,
     write_whole,
@@ -228,7 +228,10 @@ def sum_maps(file, files, of_trial, subject_of_row):
     file.truncate(len(subject_of_row) * n_bytes)
     inside = np.zeros((subject_of_row.max() + 1, n_bytes // 2), bool)
     trial = 0
-    with ThreadPoolExecutor(WORKERS or os.cpu_count()) as pool, progress(of_trial, "averaging maps") as bar:
+    with (
+        ThreadPoolExecutor(WORKERS or os.cpu_count()) as pool,
+        progress(total=len(of_trial), desc="averaging maps", unit="trial") as bar,
+    ):
         for path in (path for paths in files.values() for path in paths):
             for batch in read_columns(path, ["activity"]):
                 rows = of_trial[trial : trial + len(batch)]
@@ -244,17 +247,13 @@ def sum_maps(file, files, of_trial, subject_of_row):
     return inside
 
 
-def progress(of_trial, what):
-    return tqdm(total=len(of_trial), desc=what, unit="trial", unit_scale=True)
-
-
 def mean_activity(file, rows, counts, subject_of_row, inside, pixels, at_once=256):
     """Blocks (n, n_pixels) float32 of the rows' activity, zero where a person lacks a pixel.
 
     float32: a map has 256 levels, which float16 would blur by up to a twentieth of a level.
     """
     n_bytes = 2 * map_shape[0] * map_shape[1]
-    with tqdm(total=len(rows), desc="writing activity", unit="row", unit_scale=True) as bar:
+    with progress(total=len(rows), desc="writing activity", unit="row", unit_scale=True) as bar:
         for part in np.array_split(rows, max(1, -(-len(rows) // at_once))):
             block = np.zeros((len(part), len(pixels)), np.float32)
             for row, into in zip(part, block):
@@ -278,7 +277,10 @@ def first_pictures(files, first):
             raise Problem(f"{FLAT_DIR}: a damaged picture ({error}); download its file again")
 
     start = 0
-    with ThreadPoolExecutor(WORKERS or os.cpu_count()) as pool, progress(first, "decoding pictures") as bar:
+    with (
+        ThreadPoolExecutor(WORKERS or os.cpu_count()) as pool,
+        progress(total=len(first), desc="decoding pictures", unit="picture") as bar,
+    ):
         for path in (path for paths in files.values() for path in paths):
             for batch in read_columns(path, ["image"]):
                 chosen = first[np.searchsorted(first, start) : np.searchsorted(first, start + len(batch))] - start
@@ -437,7 +439,7 @@ def missing_vertices(person, mask):
     """{hemi: (n,) bool}: which vertices of the mask are NaN in any trial of a person."""
     missing = {hemi: np.zeros(len(mask[hemi]), bool) for hemi in hemis}
     total = len(hemis) * person.n_sessions
-    with tqdm(total=total, desc=f"{person.name}: looking for missing vertices", unit="session") as bar:
+    with progress(total=total, desc=f"{person.name}: looking for missing vertices", unit="session") as bar:
         for hemi in hemis:
             for session, n in enumerate(person.n_trials, start=1):
                 path = Path(NSD_DIR) / prepare_nsd.betas_file.format(person.name, hemi, session)
@@ -574,7 +576,7 @@ def export():
             f"{person.name}: {(np.diff(weights[person.name].indptr) > 0).sum()} pixels, {sum(map(len, own.values()))} vertices"
         )
     n_trials = sum(stop - start for _, parts in todo for _, _, start, stop in parts)
-    with tqdm(total=n_trials, desc="writing trials", unit="trial") as bar:
+    with progress(total=n_trials, desc="writing trials", unit="trial") as bar:
         for path, parts in todo:
             write_shard(path, parts, kinds, vertices, weights, infos, annotations, bar)
     for split, paths in find_files(output).items():

@@ -29,10 +29,9 @@ import nibabel
 import numpy as np
 import scipy.io
 from PIL import Image
-from tqdm import tqdm
 
 import prepare_data
-from common import Problem, check_disk, check_least, fingerprint, run_script, sole_writer
+from common import Problem, check_disk, check_least, fingerprint, progress, run_script, say, sole_writer
 from prepare_data import Findings, hemis, n_fsaverage, roi_groups
 
 NSD_DIR = "nsd"  # what was downloaded of s3://natural-scenes-dataset, same paths below
@@ -388,11 +387,11 @@ def write_subject(root, person, design, mask, folder, workers):
     n_showings = np.bincount(rows[rows >= 0])[len(training) :]
     (folder / "roi_masks").mkdir(parents=True)
     own = {}
-    with tqdm(total=len(hemis) * person.n_sessions, desc=f"{person.name}: betas", unit="session") as bar:
+    with progress(total=len(hemis) * person.n_sessions, desc=f"{person.name}: betas", unit="session") as bar:
         for hemi in hemis:
             means, missing, constant = average_betas(root, person, hemi, mask[hemi], rows, bar)
             if constant.any():
-                tqdm.write(f"{person.name} {hemi}: {constant.sum()} vertices constant over a session, taken as 0 there")
+                say(f"{person.name} {hemi}: {constant.sum()} vertices constant over a session, taken as 0 there")
             own[hemi] = mask[hemi][~missing]
             write_rows(
                 folder / f"training_split/training_fmri/{hemi}_training_fmri.npy", means[: len(training)], ~missing
@@ -455,7 +454,7 @@ def write_pictures(path, ids, folder, name, workers, at_once=128):
     with (
         open_stimuli(path) as brick,
         ThreadPoolExecutor(workers or os.cpu_count()) as pool,  # Pillow encodes outside Python's lock
-        tqdm(total=len(files), desc=f"{name}: pictures", unit="picture") as bar,
+        progress(total=len(files), desc=f"{name}: pictures", unit="picture") as bar,
     ):
         for start in range(0, len(files), at_once):  # bounds what waits to be encoded
             part = files[start : start + at_once]

@@ -15,7 +15,6 @@ import signal
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import h5py
 import nibabel
@@ -28,27 +27,23 @@ from PIL import Image
 from sklearn.preprocessing import StandardScaler
 
 import coco
+import evaluate
+import fit_pca
+import predict
 import prepare_data
 import prepare_flat
 import prepare_nsd
+import train_head
+from checkpoint import load_checkpoint
 from common import Problem
+from conftest import both, here, hemis, r2_of_vertices, run, small
 
-here = Path(__file__).parent
-hemis = ("lh", "rh")
 groups = ("streams", "prf-visualrois", "floc-bodies", "floc-faces", "floc-places", "floc-words")
 n_fsaverage, n_native, n_stimuli = 163842, 700, 73000
 n_pictures, n_shared = 30, 12  # that a simulated subject was to see, three times each
 trials = {1: (14, 11, 9, 13, 12, 15), 3: (14, 11, 9, 13, 12)}  # of the sessions acquired; 90 trials were planned
 n_sessions = (6, 40, 5, 30, 40, 32, 40, 30)  # N_SESSIONS for these two
 betas_folder = "nsddata_betas/ppdata/subj{:02d}/fsaverage/betas_fithrf_GLMdenoise_RR"
-
-
-def run(stage, **values):
-    """The stage's real main() with these constants."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setattr(stage, name, value)  # refuses a name that the stage does not have
-        stage.main()
 
 
 # ---- simulated raw NSD --------------------------------------------------------------------------
@@ -805,6 +800,31 @@ def arrays_of(folder):
         data.nsd_id[data.image[order]],
     ]
     return [*found, data.images[data.test_image[test]], data.space.vertices.numpy(), data.space.mask.numpy()]
+
+
+def test_every_stage_runs_on_pixels(flat_data, tmp_path, capsys):
+    """The published test split is what --split challenge scores; what is called vertices elsewhere is pixels."""
+    data, folders = prepare_data.load(flat_data), dict(DATA_DIR=str(flat_data), RUN_DIR=str(tmp_path / "run"))
+    run(fit_pca, DATA_DIR=str(flat_data), PCA_DIM=8)
+    settings = both | small | dict(LAYERS="blocks.0", BATCH_SIZE=8, STEPS=3)
+    run(train_head, **folders, **settings, VALIDATE_EVERY=1)
+    (tmp_path / "challenge/subj01/test_split").mkdir(parents=True)  # of vertices, not to be looked at
+    output = tmp_path / "scores"
+    run(evaluate, **folders, SPLIT="challenge", OUTPUT_DIR=str(output), CHALLENGE_DIR=str(tmp_path / "challenge"))
+    out = capsys.readouterr().out
+    assert "not comparable with vertices" in out and "images    pixels" in out
+    assert {p.name for p in output.glob("figure_4*")} == {"figure_4a_r2_maps.png", "figure_4b_samples.png"}  # no ROIs
+    with open(output / "scores.csv") as file:
+        assert "n_pixels" in next(csv.reader(file))
+    encoder, space, _ = load_checkpoint(tmp_path / "run/head.pt", space=data.space)
+    found = np.load(output / "pixels.npz")
+    assert space.unit == "pixels" and (found["map_index"] == data.space.vertices.numpy()).all()
+    for s in range(2):
+        rows, has = np.flatnonzero(data.test_subject == s), data.space.mask[s].numpy()
+        [prediction] = encoder.predict(data.images[data.test_image[rows]], [s], batch_size=64)
+        expected = r2_of_vertices(data.test_activity[rows][:, has], prediction.numpy()[:, has])
+        np.testing.assert_allclose(found["subject_r2"][s, has], expected, rtol=1e-3, atol=1e-3)
+        assert np.isnan(found["subject_r2"][s, ~has]).all()
 
 
 def test_files_of_other_revisions(flat, flat_data, tmp_path):
