@@ -15,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import nibabel
@@ -945,3 +946,38 @@ def test_nilearns_surface_is_said_to_be_another(nsd, tmp_path, capsys):
     run(prepare_flat, **flat_settings(nsd, tmp_path, SURFACE_DIR="", SUBJECTS="subj03"))
     assert "these pixels are not the published ones" in capsys.readouterr().out
     assert pyarrow.parquet.read_metadata(next(tmp_path.glob("data/train-*"))).num_rows == 25
+
+
+# ---- full size ----------------------------------------------------------------------------------
+
+
+def simulate_full_size(root, n_trials=750, number=1):
+    """One subject with the released numbers of everything and nothing in it: files full of holes, for measuring."""
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([np.tile(np.arange(1000), (8, 1)), 1000 + np.arange(8 * 9000).reshape(8, -1)], axis=1)
+    order = rng.permutation(np.repeat(np.arange(10000), 3))
+    for folder in ("nsddata/experiments/nsd", "nsddata_stimuli/stimuli/nsd", betas_folder.format(number)):
+        (root / folder).mkdir(parents=True)
+    design = {"masterordering": order[None] + 1.0, "subjectim": rows + 1.0, "sharedix": np.arange(1.0, 1001)[None]}
+    scipy.io.savemat(root / "nsddata/experiments/nsd/nsd_expdesign.mat", design)
+    with h5py.File(root / "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5", "w") as file:
+        file.create_dataset("imgBrick", (n_stimuli, 425, 425, 3), np.uint8, chunks=(1, 425, 425, 3))
+    for hemi, n in (("lh", 19004), ("rh", 20544)):
+        mask = np.zeros(n_fsaverage, np.float32)
+        mask[rng.choice(n_fsaverage, n, replace=False)] = 1
+        write_surface(root / f"nsddata/freesurfer/fsaverage/label/{hemi}.nsdgeneral.mgz", mask)
+        write_surface(root / betas_folder.format(number) / f"{hemi}.ncsnr.mgh", mask)
+        index = np.ones(n_fsaverage, np.int32)
+        write_surface(root / f"nsddata/ppdata/subj{number:02d}/transforms/{hemi}.white-to-fsaverage.mgz", index)
+        for session in range(1, 41):
+            write_mgh(
+                root / betas_folder.format(number) / f"{hemi}.betas_session{session:02d}.mgh", {0: np.zeros(n_trials)}
+            )
+        for group in groups:
+            write_surface(root / f"nsddata/freesurfer/subj{number:02d}/label/{hemi}.{group}.mgz", np.ones(10, np.int32))
+    for group in groups:
+        (root / f"nsddata/freesurfer/subj{number:02d}/label/{group}.mgz.ctab").write_text("0 Unknown\n1 all\n")
+
+
+if __name__ == "__main__":  # python test_nsd.py FOLDER
+    simulate_full_size(Path(sys.argv[1]))
