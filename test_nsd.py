@@ -826,6 +826,17 @@ def test_every_stage_runs_on_pixels(flat_data, tmp_path, capsys):
         expected = r2_of_vertices(data.test_activity[rows][:, has], prediction.numpy()[:, has])
         np.testing.assert_allclose(found["subject_r2"][s, has], expected, rtol=1e-3, atol=1e-3)
         assert np.isnan(found["subject_r2"][s, ~has]).all()
+    picture = tmp_path / "picture.png"
+    Image.fromarray(data.images[0]).save(picture)
+    own = dict(IMAGES=str(picture), SUBJECT="subj03", OUTPUT_DIR=str(tmp_path / "own"), PRECISION="float32")
+    run(predict, RUN_DIR=str(tmp_path / "run"), **own)
+    sides = [np.load(tmp_path / f"own/subj03/activity_{hemi}.npy") for hemi in hemis]
+    [prediction] = encoder.predict(data.images[:1], [1], batch_size=64)
+    np.testing.assert_allclose(np.concatenate(sides, axis=1), prediction[:, data.space.mask[1]], atol=1e-4)
+    assert not list(tmp_path.rglob("*.gii")) and (tmp_path / "own/subj03/picture.png").exists()
+    run(predict, **folders, SUBMISSION_DIR=str(tmp_path / "submission"))
+    n = data.space.hemisphere(0, "rh").numel()
+    assert np.load(tmp_path / "submission/subj01/rh_pred_test.npy").shape == ((data.test_subject == 0).sum(), n)
 
 
 def test_files_of_other_revisions(flat, flat_data, tmp_path):
