@@ -475,7 +475,7 @@ class Training:
                 progress.best, progress.saved = scores["val_r2"], True
                 self.keep(learner, scores, step)
             if processes.is_first():
-                write_log(learner.output, progress.log)
+                write_log(learner.output, progress.log, draw=not self.tolerant)
         if current:
             self.tell(current, step)
         self.save(step)
@@ -746,10 +746,11 @@ def curves_path(output):
     return log_path(output).with_suffix(".png")
 
 
-def write_log(output, log):
+def write_log(output, log, draw=True):
     with write_whole(log_path(output)) as file:
         file.write("".join(json.dumps(entry) + "\n" for entry in log).encode())
-    plot_curves(log, curves_path(output), log_path(output).stem)
+    if draw:
+        plot_curves(log, curves_path(output), log_path(output).stem)
 
 
 def read_log(path):
