@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
+import batches
 import demo
 import finetune
 import fit_pca
@@ -61,8 +62,8 @@ HOST_SIZE = 0.02  # of the challenge's samples, for part host; 1 needs 32 GB of 
 MAX_SIZE = 0.25  # of the full size, the largest in part scaling; 1 needs 16 GB of RAM
 SCALING_PCA_DIM = 256  # components of the PCA in part scaling
 N_PICTURES = 512  # PNG files of parts prepare, host and scaling
-SEARCH_TRIALS = 384  # heads trained at random constants (part search)
-SEARCH_RUNS = 20  # searches with each sampler (part search)
+SEARCH_TRIALS = 160  # heads trained at random constants (part search)
+SEARCH_RUNS = 10  # searches with each sampler (part search)
 TEMPORARY = ""  # folder for simulated data (5 GB at full size, part host 32 GB); empty: the system's
 
 process_pictures = 8192  # of part processes: 1.6 GB
@@ -163,7 +164,7 @@ class Phase:
         n = len(self.data.subject)
         pca = SimpleNamespace(latents=torch.randn(n, full.pca_dim).half(), residual=torch.rand(n))
         self.images = random_images(n_images) if images is None else images
-        self.batches = training.Batches(self.data, pca, self.images, self.settings, device, vertex_space=False)
+        self.batches = batches.Batches(self.data, pca, self.images, self.settings, device, vertex_space=False)
         self.stream = self.batches(0, 10**9)
         self.crops = Crops(trunk, smallest_crop(0.8), device=device)
 
@@ -506,7 +507,7 @@ def measure_processes(device, precision):
     """One of the processes of an arrangement: seconds a step, of it for what they exchange, GB of all together."""
     pictures = np.load(Path(TEMPORARY) / "images.npy", mmap_mode="r")
     data = SimpleNamespace(images=pictures, n_training_images=len(pictures), read_training_images=lambda: np.array(pictures))
-    phase = Phase(train_head, BATCH_SIZE, device, precision, len(pictures), training.read_pictures(data))
+    phase = Phase(train_head, BATCH_SIZE, device, precision, len(pictures), batches.read_pictures(data))
     exchanged = []
 
     def timed(function):
@@ -544,7 +545,7 @@ def part_search(folder):
     settings = dict(
         DATA_DIR=str(folder / "data"), RUN_DIR=str(folder / "run"), TRUNK=demo.TRUNK, PRETRAINED=False, IMAGE_SIZE=56,
         LAYERS_CHOICES="blocks.{0,1}; blocks.0; blocks.1", LATENT_DIM_RANGE=(16, 128), PCA_DIM_RANGE=(8, 64),
-        BATCH_SIZE=64, STEPS=80, DEVICE="cpu", TRIALS=SEARCH_TRIALS, HEADS=16,
+        BATCH_SIZE=64, STEPS=80, VALIDATE_EVERY=20, DEVICE="cpu", TRIALS=SEARCH_TRIALS, HEADS=16,
     )  # fmt: skip
     for name, value in settings.items():
         setattr(search, name, value)
@@ -567,7 +568,7 @@ def part_search(folder):
     row("  the surface fitted to them explains", f"{quality:.2f}", "of the held-out variance of their R²")
     for name, sampler in samplers.items():
         search.new_sampler = sampler
-        found = np.array([simulated_search(search, optuna, surface, seed) for seed in range(SEARCH_RUNS)])
+        found = np.array([simulated_search(search, surface, seed) for seed in range(SEARCH_RUNS)])
         at = [f"{np.median(found[:, n - 1]):.4f}" for n in (16, 32, 48)]
         row(f"best of 16 trials, {name}", at[0], f"32: {at[1]}, 48: {at[2]} (quarter {np.quantile(found[:, 47], 0.25):.4f})")
 
@@ -587,16 +588,20 @@ def response_surface(parameters, values):
     return lambda parameters: forest.predict(columns(parameters)), forest.oob_score_
 
 
-def simulated_search(search, optuna, surface, seed, n_trials=48, heads=8):
+def simulated_search(search, surface, seed, n_trials=48, heads=8):
     """Best value so far (n_trials,) of a search whose heads have the surface's values."""
+    from optuna.trial import TrialState
+
     search.SEED = seed
-    study, values = optuna.create_study(direction="maximize"), []
-    for _ in range(n_trials // heads):
-        asked = search.ask(study, [], heads, n_components=search.PCA_DIM_RANGE[1])
-        values.extend(surface([trial.params for trial in asked]))
-        for trial, value in zip(asked, values[-heads:]):
-            study.tell(trial, value)
-    return np.maximum.accumulate(values)
+    trials, crop_scale = [], None
+    for i in range(n_trials):
+        trials.append(search.draw(trials, search.PCA_DIM_RANGE[1], crop_scale if i % heads else None))
+        crop_scale = trials[-1].params["CROP_SCALE"]
+        if i % heads == heads - 1:  # a round is over
+            for trial, value in zip(trials[-heads:], surface([trial.params for trial in trials[-heads:]])):
+                trial.state, trial.value = TrialState.COMPLETE, value
+                trial.datetime_complete = trial.datetime_start
+    return np.maximum.accumulate([trial.value for trial in trials])
 
 
 # ---- part scaling -------------------------------------------------------------------------------
@@ -620,9 +625,9 @@ def part_scaling(device, batch_size, folder):
         n = int(full.samples * size)
         data = RandomData(n, int(full.images * size))
         pca = SimpleNamespace(latents=torch.zeros(n, full.pca_dim, dtype=torch.float16), residual=torch.zeros(n))
-        batches = training.Batches(data, pca, images, settings, device, vertex_space=False)
+        loader = batches.Batches(data, pca, images, settings, device, vertex_space=False)
         steps = iter(range(10**6))
-        costs["batch from RAM"].append(side_by_side(device, {"": lambda: batches.prepare(next(steps))}, 20)[""])
+        costs["batch from RAM"].append(side_by_side(device, {"": lambda: loader.prepare(next(steps))}, 20)[""])
         costs[pca_name].append(in_process(pca_ours, path, n, SCALING_PCA_DIM, device)[0][0])
         part = pictures[: int(N_PICTURES * size)]
         works = {"": lambda: drain(prepare_data.decode_pictures(part))}

@@ -112,24 +112,22 @@ def ranges():
     return {name: globals()[f"{name}_RANGE"] for name in searched if f"{name}_RANGE" in globals()}
 
 
-def ask(study, begun, n, n_components):
-    """n trials of one round, drawn one after the other in the knowledge of all others.
+def draw(trials, n_components, crop_scale=None):
+    """The next trial in the knowledge of all trials so far, running ones too. crop_scale: of its round.
 
-    begun: trials that a killed process left half drawn; they come first.
+    The sampler is seeded by the trial's number: processes draw different ones, a continued study draws the same.
     """
-    asked, fixed = [], {}
-    for i in range(n):
-        # seeded by the trial's number: several processes draw different ones, a continued study draws the same
-        number = begun[i].number if i < len(begun) else len(study.get_trials(deepcopy=False))
-        fixed = fixed or (report_constants(n_components) if number == 0 else {})
-        seed = int(np.random.default_rng([SEED, 4, number]).integers(2**31))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.sampler = optuna.samplers.PartialFixedSampler(fixed, new_sampler(seed))
-        trial = optuna.trial.Trial(study, begun[i]._trial_id) if i < len(begun) else study.ask()
-        fixed = {"CROP_SCALE": suggest(trial, n_components)["CROP_SCALE"]}
-        asked.append(trial)
-    return asked
+    number = len(trials)
+    fixed = report_constants(n_components) if number == 0 else {}
+    fixed |= {} if crop_scale is None else {"CROP_SCALE": crop_scale}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = new_sampler(int(np.random.default_rng([SEED, 4, number]).integers(2**31)))
+        sampler = optuna.samplers.PartialFixedSampler(fixed, sampler)
+    study = optuna.create_study(direction="maximize", sampler=sampler)  # a copy: the trial reaches the disk whole
+    study.add_trials(trials)
+    suggest(study.ask(), n_components)
+    return study.get_trials(deepcopy=False)[-1]
 
 
 def trial_settings(parameters, folder):
@@ -185,7 +183,7 @@ def open_study(folder, inputs):
     if OVERWRITE and path.exists() and is_over(path, inputs):
         discard(folder)
     if not (path.exists() or OVERWRITE) and (folder / "head.pt").exists():
-        raise Problem(f"{folder} holds the head.pt of another run, expected a folder of its own: choose another RUN_DIR")
+        raise Problem(f"{folder} holds the head.pt of another run, expected none: choose another RUN_DIR")
     study = read_study(path)
     if "inputs" not in study.user_attrs:
         study.set_user_attr("inputs", inputs)
@@ -243,30 +241,32 @@ def take_round(study, folder, held, precision, n_components):
         except Problem:
             return False
 
-    def members(mark):
-        return [trial for trial in study.get_trials(deepcopy=False) if trial.user_attrs.get("round") == mark]
-
     with waiting_for(folder / ".study.lock"):
         trials = study.get_trials(deepcopy=False)
-        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-        marks = [trial.user_attrs["round"] for trial in running if "round" in trial.user_attrs]
-        for mark in marks:
-            worker = folder / mark["worker"]
-            if mark["precision"] == precision and hold(worker):
-                return worker, members(mark)
-        begun = [trial for trial in running if "round" not in trial.user_attrs]
-        n = min(HEADS, TRIALS - len(trials) + len(begun))
-        if n <= 0:
-            return None
-        taken = {mark["worker"] for mark in marks}
-        names = (f"worker-{k}" for k in itertools.count())
-        worker = next(folder / name for name in names if name not in taken and hold(folder / name))
-        clear(worker)  # a process was killed between telling its round and this
-        asked = ask(study, begun, n, n_components)
-        mark = {"worker": worker.name, "first": asked[0].number, "precision": precision}
-        for trial in asked:
-            trial.set_user_attr("round", mark)
-        return worker, members(mark)
+        rounds = {trial.user_attrs["round"]["first"]: trial.user_attrs["round"] for trial in trials}
+        unfinished = dict.fromkeys(t.user_attrs["round"]["first"] for t in trials if not t.state.is_finished())
+        running = [rounds[first] for first in unfinished]
+        for mark in running:
+            if mark["precision"] == precision and hold(folder / mark["worker"]):
+                break
+        else:
+            size = min(HEADS, TRIALS - sum(mark["size"] for mark in rounds.values()))
+            if size <= 0:
+                return None
+            taken = {mark["worker"] for mark in running}
+            names = (f"worker-{k}" for k in itertools.count())
+            name = next(name for name in names if name not in taken and hold(folder / name))
+            clear(folder / name)  # a process was killed between telling its round and this
+            mark = {"worker": name, "first": len(trials), "size": size, "precision": precision}
+        while True:
+            trials = study.get_trials(deepcopy=False)
+            mine = [trial for trial in trials if trial.user_attrs["round"] == mark]
+            if len(mine) == mark["size"]:
+                return folder / mark["worker"], mine
+            new = draw(trials, n_components, mine[0].params["CROP_SCALE"] if mine else None)
+            study.add_trial(optuna.trial.create_trial(
+                state=TrialState.RUNNING, user_attrs={"round": mark}, params=new.params, distributions=new.distributions
+            ))  # fmt: skip
 
 
 def tell_round(study, folder, trials, learners):
@@ -293,7 +293,7 @@ def tell_round(study, folder, trials, learners):
 def write_results(study, folder):
     trials = study.get_trials(deepcopy=False)
     text = io.StringIO()
-    rows = [row_of(trial) for trial in trials if "round" in trial.user_attrs]
+    rows = [row_of(trial) for trial in trials]
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -373,12 +373,13 @@ def check_settings():
         if len(limits) != 2 or limits[0] > limits[1]:
             raise Problem(f"{name}_RANGE is {limits}, expected two numbers, the smaller one first")
         if name in ("LEARNING_RATE", "WEIGHT_DECAY") and limits[0] <= 0:
-            raise Problem(f"{name}_RANGE is {limits}, expected numbers above 0, as they are drawn on a logarithmic scale")
+            raise Problem(f"{name}_RANGE is {limits}, expected numbers above 0: it is drawn on a logarithmic scale")
     layers = layers_choices()
     if not layers:
         raise Problem("LAYERS_CHOICES is empty, expected patterns of layers with semicolons between them")
     for end in range(2):  # as train_head.py would
-        training.check_settings(trial_settings({n: limits[end] for n, limits in ranges().items()} | {"LAYERS": layers[0]}, RUN_DIR))
+        drawn = {name: limits[end] for name, limits in ranges().items()}
+        training.check_settings(trial_settings(drawn | {"LAYERS": layers[0]}, RUN_DIR))
 
 
 def train_round(trunk, folder, trials, data, pca, device, precision):
@@ -435,7 +436,8 @@ def best_trial(study):
 def describe_round(study, trials, scores, seconds_a_trial):
     everyone = study.get_trials(deepcopy=False)
     finished = sum(trial.state.is_finished() for trial in everyone)
-    workers = {t.user_attrs["round"]["worker"] for t in everyone if not t.state.is_finished() and "round" in t.user_attrs}
+    running = [trial for trial in everyone if not trial.state.is_finished()]
+    workers = {trial.user_attrs["round"]["worker"] for trial in running}
     left = (TRIALS - finished) * seconds_a_trial / 60 / (len(workers) + 1)
     good = [score for score in scores if math.isfinite(score)]
     failed = f", {len(scores) - len(good)} failed" if len(good) < len(scores) else ""
@@ -454,11 +456,12 @@ def conclude(study, folder):
     trials = study.get_trials(deepcopy=False)
     unfinished = [trial.number for trial in trials if not trial.state.is_finished()]
     if unfinished:
-        print(f"trials {', '.join(map(str, unfinished))} are with other processes; should these be gone, the same command "
-              "in their precision continues")  # fmt: skip
+        listed = ", ".join(map(str, unfinished))
+        print(f"trials {listed} are with other processes; the same command continues what these leave unfinished")
     best = best_trial(study)
     if best is None:
-        raise Problem(f"no trial of {len(trials)} came to its end: lower LEARNING_RATE_RANGE, see {folder / 'search.csv'}")
+        table = folder / "search.csv"
+        raise Problem(f"none of {len(trials)} trials came to its end: lower LEARNING_RATE_RANGE ({table} lists them)")
     print(f"best of {len(trials)} trials: trial {best.number}, val median R² {best.value:.4f}")
     for name in searched:
         value = best.params[name]

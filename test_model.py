@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import batches
 import demo
 import evaluate
 import finetune
@@ -273,11 +274,11 @@ def test_splits_at_full_size(seed):
 
 @pytest.mark.parametrize("batch_size", [4, 25])
 def test_sample_order(batch_size):
-    batches = [training.sample_order(step, batch_size, 10, seed=3) for step in range(100 // batch_size)]
-    epochs = np.concatenate(batches).reshape(10, 10)  # batches of 4 cross the ends of epochs, those of 25 span them
+    orders = [batches.sample_order(step, batch_size, 10, seed=3) for step in range(100 // batch_size)]
+    epochs = np.concatenate(orders).reshape(10, 10)  # batches of 4 cross the ends of epochs, those of 25 span them
     assert (np.sort(epochs, axis=1) == np.arange(10)).all() and len(np.unique(epochs, axis=0)) == 10
-    assert np.array_equal(batches[2], training.sample_order(2, batch_size, 10, seed=3))
-    assert not np.array_equal(batches[0], training.sample_order(0, batch_size, 10, seed=4))
+    assert np.array_equal(orders[2], batches.sample_order(2, batch_size, 10, seed=3))
+    assert not np.array_equal(orders[0], batches.sample_order(0, batch_size, 10, seed=4))
 
 
 def test_defaults_and_schedule_are_the_reports():

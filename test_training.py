@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import batches
 import finetune
 import predict
 import prepare_data
@@ -257,7 +258,7 @@ def float64_learner():
     learner = training.Learner(encoder, settings, "head.pt", {}, cpu, torch.float32)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(12, 3, 8, 8, generator=generator, dtype=torch.float64)
-    own = training.own_rows(12, 3)
+    own = batches.own_rows(12, 3)
     batch = {"images": images[own], "subject": torch.arange(12) % 2}
     batch |= dict.fromkeys(("top", "left", "size"), torch.zeros(len(own)))
     batch["latents"] = torch.randn(12, 3, generator=generator, dtype=torch.float64)
@@ -314,9 +315,9 @@ def test_both_phases_in_many_processes(fitted, tmp_path):
     folder = ["--run_dir", tmp_path / "many"]
     trap = tmp_path / "train_head.py"  # its second process dies in the fourth step
     trap.write_text(
-        f"import os, runpy, signal, sys\nsys.path.insert(0, {str(here)!r})\nimport training\nprepare = training.Batches.prepare\n"
+        f"import os, runpy, signal, sys\nsys.path.insert(0, {str(here)!r})\nimport batches\nprepare = batches.Batches.prepare\n"
         "def die(self, step):\n    if step == 3 and os.environ['RANK'] == '1':\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"    return prepare(self, step)\ntraining.Batches.prepare = die\nrunpy.run_path({str(here / 'train_head.py')!r}, run_name='__main__')\n"
+        f"    return prepare(self, step)\nbatches.Batches.prepare = die\nrunpy.run_path({str(here / 'train_head.py')!r}, run_name='__main__')\n"
     )
     code, _, err = ended(torchrun(2, trap, *folder, *options(settings)))
     assert code == 1 and err.count("error: another process ended") == 1
