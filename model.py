@@ -180,22 +180,21 @@ def create_vit(name, image_size, pretrained, seed):
 
 def no_weights(name, local, reason):
     """What to say where timm cannot load a trunk's weights."""
-    known, random = timm.get_pretrained_cfg(name), "for random weights, --pretrained false"
-    place = f"huggingface.co/{known.hf_hub_id}" if known.hf_hub_id else known.url
-    file = known.hf_hub_filename or "model.safetensors"
-    if not place:
-        return f"timm has no pretrained weights for trunk {name} ({reason}); {random}"
+    known, random = timm.get_pretrained_cfg(name), "or, for random weights, train_head.py --pretrained false"
+    source = known.url  # of some that are not on the hub
+    if known.hf_hub_id:
+        source = f"{known.hf_hub_filename or 'model.safetensors'} of huggingface.co/{known.hf_hub_id}"
     if local:
-        return (
-            f"{local[0]} cannot be read as weights of trunk {name} ({reason}), expected {file} of {place}; put that "
-            f"in its place, or, {random}"
-        )
+        return f"{local[0]} cannot be read as weights of trunk {name} ({reason}); expected {source or 'these'}; {random}"
+    if not source:
+        return f"timm knows no pretrained weights for trunk {name}: take another; {random}"
+    place = weights_dir / f"{name}{Path(source.split()[0]).suffix}"
     others = sorted(path.name for path in weights_dir.glob(f"{glob.escape(name.partition('.')[0])}.*"))
+    hint = f" (there is {', '.join(others)}, for another trunk)" if others else ""
     return (
-        f"no pretrained weights for trunk {name}: the hub gave {reason}\nWithout network, fetch {file} of {place} "
-        f"elsewhere and put it at {weights_dir / (name + '.safetensors')}"
-        + (f" (there is {', '.join(others)}, for another trunk)" if others else "") + f"; or, {random}"
-    )  # fmt: skip
+        f"no pretrained weights for trunk {name}: the hub gave {reason}\nWithout network, fetch {source} elsewhere and "
+        f"put it at {place}{hint}; {random}"
+    )
 
 
 def resized_weights(vit, name, image_size):
@@ -209,7 +208,7 @@ def resized_weights(vit, name, image_size):
 
 
 def one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(": ")[:300]
 
 
 def match_layers(names, patterns):
