@@ -188,7 +188,7 @@ def no_weights(name, local, reason):
         return f"{local[0]} cannot be read as weights of trunk {name} ({reason}); expected {source or 'these'}; {random}"
     if not source:
         return f"timm knows no pretrained weights for trunk {name}: take another; {random}"
-    place = weights_dir / f"{name}{Path(source.split()[0]).suffix}"
+    place = weights_dir / f"{name}{'.safetensors' if 'safetensors' in source else '.pth'}"
     others = sorted(path.name for path in weights_dir.glob(f"{glob.escape(name.partition('.')[0])}.*"))
     hint = f" (there is {', '.join(others)}, for another trunk)" if others else ""
     return (
