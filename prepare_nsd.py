@@ -500,8 +500,8 @@ def read_note(folder, settings, inputs):
         made = json.loads((folder / note).read_text())
     except (OSError, ValueError):
         raise Problem(
-            f"{folder} was not made by prepare_nsd.py (no {note} in it), nothing changed. Choose another CHALLENGE_DIR; "
-            "--overwrite true replaces it"
+            f"{folder} was not made by prepare_nsd.py (no {note} in it), nothing changed. Choose another "
+            "CHALLENGE_DIR; --overwrite true replaces it"
         )
     wrong = [f"{k} {made.get(k)}, now {v}" for k, v in settings.items() if made.get(k) != v]
     if not wrong and inputs not in (None, made.get("inputs")):
@@ -515,9 +515,8 @@ def read_note(folder, settings, inputs):
 
 def report(made):
     """made: {name: note}. Pictures and vertices beside the challenge's own, where all sessions are there."""
-    print(
-        f"\n{'subject':8} {'sessions':>8} {'training (challenge)':>21} {'test (challenge)':>17} {'vertices lh + rh (challenge)':>31}"
-    )
+    titles = ("subject", "sessions", "training (challenge)", "test (challenge)", "vertices lh + rh (challenge)")
+    print("\n{:8} {:>8} {:>21} {:>17} {:>33}".format(*titles))
     differing, whole = [], []
     for name, m in made.items():
         i = int(name[-2:]) - 1
