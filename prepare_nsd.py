@@ -439,13 +439,11 @@ def write_masks(root, name, vertices, folder):
 def write_pictures(path, ids, folder, name, workers, at_once=128):
     """PNGs of imgBrick. ids: {"train": nsd ids sorted, "test": likewise}."""
     files = []
-    for split, of_split in ids.items():
-        images = folder / f"{split}{'ing' * (split == 'train')}_split/{split}{'ing' * (split == 'train')}_images"
-        if len(of_split):
-            images.mkdir(parents=True)
-        files += [
-            (i, images / f"{split}-{row:04d}_nsd-{i:05d}.png") for row, i in enumerate(of_split.tolist(), start=1)
-        ]
+    for short, split in (("train", "training"), ("test", "test")):
+        images = folder / f"{split}_split/{split}_images"
+        for row, i in enumerate(ids[short].tolist(), start=1):
+            images.mkdir(parents=True, exist_ok=True)
+            files.append((i, images / f"{short}-{row:04d}_nsd-{i:05d}.png"))
     files.sort()
 
     def encode(picture, path):

@@ -640,7 +640,8 @@ def test_flat_files_are_the_published_format(nsd, flat, truth):
     assert (len(tables["train"]), len(tables["test"])) == (n_train, n_test)
     objects = (
         "struct<area: list<element: int64>, bbox: list<element: list<element: double>>, "
-        "category: list<element: string>, iscrowd: list<element: int64>, segmentation: list<element: struct<counts: string, poly: list<element: "
+        "category: list<element: string>, iscrowd: list<element: int64>, "
+        "segmentation: list<element: struct<counts: string, poly: list<element: "
         "list<element: double>>, size: list<element: int64>>>, supercategory: list<element: string>, target: "
         "list<element: int64>>"
     )
@@ -716,7 +717,7 @@ def test_objects_are_what_cocos_own_tools_make():
         picture = {"height": 425, "width": 425, "captions": [], "instances": [instance | {"segmentation": [polygon]}]}
         assert coco.convert(picture, (0, 0, 0, 0))[0]["area"] == [area] * (area > 0)
     mask = np.zeros((425, 425), int)
-    mask[:, :2] = mask[100:300, 5:17] = mask[424, 424] = 1
+    mask[50, 1:3] = mask[100:300, 5:17] = mask[424, 424] = 1
     wide = np.zeros((850, 1000), int)  # twice as large, with what is cut away
     wide[:, 100:950] = mask.repeat(2, 0).repeat(2, 1)
     flat = wide.T.ravel().tolist()
@@ -725,7 +726,7 @@ def test_objects_are_what_cocos_own_tools_make():
     picture = {"height": 850, "width": 1000, "captions": [], "instances": [instance | {"segmentation": crowd}]}
     objects, _ = coco.convert(picture, (0, 0, 0.1, 0.05))
     assert objects["area"] == [mask.sum()]
-    text = "0bj0oZ1f[ORlN000000000000000000000cWY5iI"
+    text = "k>1X=0Tl0W6emN000000000000000000000cWY5iI"
     assert objects["segmentation"] == [{"counts": text, "poly": None, "size": [425, 425]}]
 
 
