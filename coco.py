@@ -30,7 +30,8 @@ def read_annotations(folder, wanted):
     instance as in the file with "category" and "supercategory" added
     """
     found = {}
-    for (kind, split), path in progress(annotation_files(folder).items(), desc="reading COCO's annotations", unit="file"):
+    files = annotation_files(folder)
+    for (kind, split), path in progress(files.items(), "reading COCO's annotations", len(files), unit="file"):
         try:
             content = json.loads(path.read_bytes())
             pictures = {p["id"]: p for p in content["images"] if (split, p["id"]) in wanted}

@@ -66,6 +66,7 @@ OVERWRITE = False  # write DATA_DIR, or FLAT_DIR's files, again
 
 z_limit = 2.5  # activity is stored from -z_limit to z_limit
 outside = 127
+n_usual_pixels = 18577  # inside for anybody in the published maps
 sigma = 1 / 2.35482  # mm, of a Gaussian with FWHM 1 mm
 rows_a_group, rows_a_shard = 100, 3612  # 54 shards of 195,000 trials as published
 trial_bytes = 67_000  # 13 GB for the 195,000 of train
@@ -326,13 +327,15 @@ def prepare(files, inputs):
     order = np.argsort(first)  # training pictures first, as their files are
     image_ids, first = image_ids[order], used[first[order]]
     image = np.argsort(image_ids)[np.searchsorted(np.sort(image_ids), nsd_id)]
-    n_training_images = len(np.unique(nsd_id[~is_test]))
-    seen = np.zeros((n_training_images, len(names)), bool)
-    seen[image[~is_test], subject[~is_test]] = True
+    training_ids, row = np.unique(nsd_id[~is_test], return_inverse=True)
+    seen = np.zeros((len(training_ids), len(names)), bool)
+    seen[row, subject[~is_test]] = True
     samples = {
         "subject": subject[~is_test],
         "image": image[~is_test],
-        "split": prepare_data.split_pictures(seen, SEED)[image[~is_test]],
+        "split": prepare_data.split_pictures(seen, SEED)[
+            row
+        ],  # by nsd id: as of the same pictures in a challenge folder
         "test_subject": subject[is_test],
         "test_image": image[is_test],
     }
@@ -342,8 +345,7 @@ def prepare(files, inputs):
     ]
     prepare_data.check_splits(people, samples)
     n_map = 2 * map_shape[0] * map_shape[1]
-    n_pixels = min(20000, map_shape[0] * map_shape[1])  # of the published maps 18,577 are inside
-    check_disk(DATA_DIR, len(subject) * (n_map + 4 * n_pixels) + len(image_ids) * picture_size**2 * 3)
+    check_disk(DATA_DIR, len(subject) * (n_map + 4 * n_usual_pixels) + len(image_ids) * picture_size**2 * 3)
     with tempfile.TemporaryFile(dir=DATA_DIR) as file:
         inside = sum_maps(file, files, of_trial, subject)
         space, pixels = pixel_space(names, inside)
@@ -358,7 +360,7 @@ def prepare(files, inputs):
             samples=samples,
             splits="pictures",
             nsd_id=image_ids,
-            n_training_images=n_training_images,
+            n_training_images=len(training_ids),
             dtype=np.float32,
             activity=blocks[0],
             test_activity=blocks[1],
@@ -541,10 +543,12 @@ def export():
     findings += [
         f"{SURFACE_DIR}/flat_{hemi}.gii: not there, expected pycortex's" for hemi, f in surface_files().items() if not f
     ]
-    persons, design = prepare_nsd.survey(
-        root, people, N_SESSIONS, RSC_DIR, lambda person: trial_bytes * (len(person.shown) if person else 30000), output,
-        labels=False, more=[stimulus_file], findings=findings,
-    )  # fmt: skip
+
+    def disk(person):
+        return trial_bytes * (len(person.shown) if person else 30000)
+
+    options = dict(labels=False, more=[stimulus_file], findings=findings)
+    persons, _ = prepare_nsd.survey(root, people, N_SESSIONS, RSC_DIR, disk, output, **options)
     mask, surface = prepare_nsd.read_mask(root, RSC_DIR), load_surface()
     facts = [(p.name, p.n_trials) for p in persons]
     made_from = fingerprint(facts, *(p.shown for p in persons), *mask.values(), *surface.values())
@@ -573,7 +577,8 @@ def export():
         vertices[person.name] = own
         weights[person.name] = resampler(np.concatenate([surface[hemi][own[hemi]] for hemi in hemis]))
         print(
-            f"{person.name}: {(np.diff(weights[person.name].indptr) > 0).sum()} pixels, {sum(map(len, own.values()))} vertices"
+            f"{person.name}: {(np.diff(weights[person.name].indptr) > 0).sum()} pixels of "
+            f"{sum(map(len, own.values()))} vertices"
         )
     n_trials = sum(stop - start for _, parts in todo for _, _, start, stop in parts)
     with progress(total=n_trials, desc="writing trials", unit="trial") as bar:

@@ -439,13 +439,11 @@ def write_masks(root, name, vertices, folder):
 def write_pictures(path, ids, folder, name, workers, at_once=128):
     """PNGs of imgBrick. ids: {"train": nsd ids sorted, "test": likewise}."""
     files = []
-    for split, of_split in ids.items():
-        images = folder / f"{split}{'ing' * (split == 'train')}_split/{split}{'ing' * (split == 'train')}_images"
-        if len(of_split):
-            images.mkdir(parents=True)
-        files += [
-            (i, images / f"{split}-{row:04d}_nsd-{i:05d}.png") for row, i in enumerate(of_split.tolist(), start=1)
-        ]
+    for short, split in (("train", "training"), ("test", "test")):
+        images = folder / f"{split}_split/{split}_images"
+        for row, i in enumerate(ids[short].tolist(), start=1):
+            images.mkdir(parents=True, exist_ok=True)
+            files.append((i, images / f"{short}-{row:04d}_nsd-{i:05d}.png"))
     files.sort()
 
     def encode(picture, path):
@@ -500,8 +498,8 @@ def read_note(folder, settings, inputs):
         made = json.loads((folder / note).read_text())
     except (OSError, ValueError):
         raise Problem(
-            f"{folder} was not made by prepare_nsd.py (no {note} in it), nothing changed. Choose another CHALLENGE_DIR; "
-            "--overwrite true replaces it"
+            f"{folder} was not made by prepare_nsd.py (no {note} in it), nothing changed. Choose another "
+            "CHALLENGE_DIR; --overwrite true replaces it"
         )
     wrong = [f"{k} {made.get(k)}, now {v}" for k, v in settings.items() if made.get(k) != v]
     if not wrong and inputs not in (None, made.get("inputs")):
@@ -515,9 +513,8 @@ def read_note(folder, settings, inputs):
 
 def report(made):
     """made: {name: note}. Pictures and vertices beside the challenge's own, where all sessions are there."""
-    print(
-        f"\n{'subject':8} {'sessions':>8} {'training (challenge)':>21} {'test (challenge)':>17} {'vertices lh + rh (challenge)':>31}"
-    )
+    titles = ("subject", "sessions", "training (challenge)", "test (challenge)", "vertices lh + rh (challenge)")
+    print("\n{:8} {:>8} {:>21} {:>17} {:>33}".format(*titles))
     differing, whole = [], []
     for name, m in made.items():
         i = int(name[-2:]) - 1

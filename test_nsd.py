@@ -639,8 +639,9 @@ def test_flat_files_are_the_published_format(nsd, flat, truth):
     tables = {s: pyarrow.parquet.read_table([flat / "data" / f for f in files if f.startswith(s)]) for s in shards}
     assert (len(tables["train"]), len(tables["test"])) == (n_train, n_test)
     objects = (
-        "struct<area: list<element: int64>, bbox: list<element: list<element: double>>, category: list<element: string>, "
-        "iscrowd: list<element: int64>, segmentation: list<element: struct<counts: string, poly: list<element: "
+        "struct<area: list<element: int64>, bbox: list<element: list<element: double>>, "
+        "category: list<element: string>, iscrowd: list<element: int64>, "
+        "segmentation: list<element: struct<counts: string, poly: list<element: "
         "list<element: double>>, size: list<element: int64>>>, supercategory: list<element: string>, target: "
         "list<element: int64>>"
     )
@@ -716,7 +717,7 @@ def test_objects_are_what_cocos_own_tools_make():
         picture = {"height": 425, "width": 425, "captions": [], "instances": [instance | {"segmentation": [polygon]}]}
         assert coco.convert(picture, (0, 0, 0, 0))[0]["area"] == [area] * (area > 0)
     mask = np.zeros((425, 425), int)
-    mask[:, :2] = mask[100:300, 5:17] = mask[424, 424] = 1
+    mask[50, 1:3] = mask[100:300, 5:17] = mask[424, 424] = 1
     wide = np.zeros((850, 1000), int)  # twice as large, with what is cut away
     wide[:, 100:950] = mask.repeat(2, 0).repeat(2, 1)
     flat = wide.T.ravel().tolist()
@@ -725,7 +726,7 @@ def test_objects_are_what_cocos_own_tools_make():
     picture = {"height": 850, "width": 1000, "captions": [], "instances": [instance | {"segmentation": crowd}]}
     objects, _ = coco.convert(picture, (0, 0, 0.1, 0.05))
     assert objects["area"] == [mask.sum()]
-    text = "0bj0oZ1f[ORlN000000000000000000000cWY5iI"
+    text = "k>1X=0Tl0W6emN000000000000000000000cWY5iI"
     assert objects["segmentation"] == [{"counts": text, "poly": None, "size": [425, 425]}]
 
 
@@ -736,7 +737,7 @@ def plain_activity(ids, held, maps, test):
     return {i: clipped[(ids == i) & (held == test)].mean(0) for i in sorted(chosen)}
 
 
-def test_round_trip(nsd, flat, truth, tmp_path, capsys):
+def test_round_trip(nsd, flat, truth, derived, tmp_path, capsys):
     """Raw NSD -> NSD-Flat -> DATA_DIR: the averaged, resampled truth, less what cutting to 256 levels takes away."""
     run(prepare_flat, FLAT_DIR=str(flat), DATA_DIR=str(tmp_path), SEED=3)
     data = prepare_data.load(tmp_path)
@@ -772,9 +773,10 @@ def test_round_trip(nsd, flat, truth, tmp_path, capsys):
         for i, picture in zip(data.nsd_id, data.images):
             small = Image.fromarray(file["imgBrick"][i]).resize((256, 256), Image.Resampling.BICUBIC)
             assert (picture == np.asarray(small)).all()
-    split = {}
-    for image, of in zip(data.image, data.split):
-        assert split.setdefault(image, of) == of  # one split for everybody
+    run(prepare_data, CHALLENGE_DIR=str(derived), DATA_DIR=str(tmp_path / "vertices"), SEED=3)
+    other = prepare_data.load(tmp_path / "vertices")  # of the same training pictures: the same splits
+    splits = [{(s, i): of for s, i, of in zip(d.subject, d.nsd_id[d.image], d.split)} for d in (data, other)]
+    assert splits[0] == splits[1] and set(splits[0].values()) == {0, 1, 2}
     assert "not comparable" in capsys.readouterr().out
     run(prepare_flat, FLAT_DIR=str(flat), DATA_DIR=str(tmp_path), SEED=3)
     assert "prepared already" in capsys.readouterr().out
@@ -925,7 +927,7 @@ def test_export_goes_on_where_it_ended(nsd, flat, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(prepare_flat, **flat_settings(nsd, tmp_path))
     [first] = tmp_path.glob("data/*")
-    date, n_calls = first.stat().st_mtime_ns, len(calls)
+    date = first.stat().st_mtime_ns
     monkeypatch.setattr(prepare_flat, "png", png)
     run(prepare_flat, **flat_settings(nsd, tmp_path))
     assert first.stat().st_mtime_ns == date
