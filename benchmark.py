@@ -5,6 +5,7 @@ activity are random at full resolution: no data is needed. Parts:
 
     step      a phase-1 step against the trunk's own forward pass, and against the arrangement of the
               authors' code (whole trunk, crops in loader workers, loss in vertex space)
+    heads     a phase-1 step of many heads on one pass of the trunk, against as many runs of one head
     memory    peak GPU memory of both phases' steps, the process capped; on a CPU what autograd keeps
     pca       group PCA against scikit-learn's randomised PCA, each in a process of its own
     prepare   decoding and resizing on one core and on all
@@ -48,7 +49,7 @@ import training
 from common import Problem, choose_device, choose_precision, constants, peak_resident, run_script, versions
 from model import Crops, Encoder, Head, Trunk, autocast, picture_size, smallest_crop
 
-PARTS = "step,memory,pca,prepare,host,processes,scaling"  # which of these to run
+PARTS = "step,heads,memory,pca,prepare,host,processes,scaling"  # which of these to run
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 PRECISION = "auto"  # auto, bfloat16, float16 or float32
 TRUNK = train_head.TRUNK  # timm name; weights are random, which costs the same
@@ -286,6 +287,45 @@ class AuthorsArrangement(torch.utils.data.Dataset):
             phase.learner.scaler.step(phase.learner.optimizer)
             phase.learner.scaler.update()
             phase.learner.optimizer.zero_grad(set_to_none=True)
+
+
+# ---- part heads ---------------------------------------------------------------------------------
+
+
+def part_heads(device, precision, batch_size):
+    counts = (1, 2, 4, 8, 16)
+    phase = Phase(train_head, batch_size, device, precision, n_images=4 * batch_size)
+    trunk, first = phase.encoder.trunk, phase.encoder.head
+    learners = [phase.learner]
+    for _ in range(counts[-1] - 1):
+        head = Head(trunk.feature_shapes, full.latent_dim, full.pca_dim, full.subjects, full.vertices)
+        head.set_embedding(first.embed_weight, first.embed_bias)
+        settings = vars(phase.settings)
+        learners.append(training.Learner(Encoder(trunk, head), settings, "head.pt", {}, device, precision))
+    batch = next(iter(phase.batches(0, 1)))[1]
+    pictures = phase.crops(batch["images"], batch["top"], batch["left"], batch["size"])
+
+    def forward():
+        with torch.no_grad(), autocast(device, precision):
+            trunk(pictures)
+
+    def step(n):
+        training.train_step(learners[:n], phase.crops, batch, 0)
+
+    seconds = side_by_side(device, {"trunk": forward} | {n: lambda n=n: step(n) for n in counts})
+    row(f"trunk forward to its last used block, batch {batch_size}", f"{seconds['trunk'] * 1e3:.0f} ms", "= 1")
+    for n in counts:
+        note = f"{seconds[n] / n / seconds[1]:.3f} of {n} runs" + ("; wanted 0.25 at most" if n == 8 else "")
+        row(f"step of {n} {'heads' if n > 1 else 'head'} on one pass", f"{seconds[n] / seconds['trunk']:.3f}", note)
+    if device.type == "cuda":
+        del learners[8:]
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        step(8)
+        own = 7 * first.embed_weight.numel() * 4  # these heads share an embedding, a run's have one each
+        peak = (torch.cuda.max_memory_reserved(device) + own) / 2**30
+        row("  peak GPU memory of eight", f"{peak:.1f} GiB", "wanted 40 at most")
 
 
 # ---- part memory --------------------------------------------------------------------------------
@@ -647,6 +687,7 @@ def main():
     batch_size = BATCH_SIZE or (512 if device.type == "cuda" else 32)
     parts = {  # each takes a folder for what it writes
         "step": lambda folder: part_step(device, precision, batch_size),
+        "heads": lambda folder: part_heads(device, precision, batch_size),
         "memory": lambda folder: part_memory(device, precision),
         "pca": lambda folder: part_pca(device, folder),
         "prepare": part_prepare,

@@ -420,6 +420,9 @@ def main():
             learners, stopped = train_round(trunk, worker, trials, data, pca, device, precision)
             scores = tell_round(study, folder, trials, learners)
             clear(worker)
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                (worker / ".lock").unlink()
+                worker.rmdir()
         n_done += len(trials)
         describe_round(study, trials, scores, (time.monotonic() - begun) / n_done)
         if stopped:
