@@ -20,7 +20,7 @@ import numpy as np
 import prepare_data
 from common import Problem, write_whole
 
-map_corner, map_shape = (-100, 95), (215, 200)
+map_corner, map_shape = (-100, 95), (215, 200)  # mm; rows, columns: NSD-Flat's maps, 1 mm a pixel
 mm_per_pixel, margin = 0.5, 8  # mm of cortex shown around the data
 smallest_named = 3  # mm; areas that are nowhere this far from their border get no name
 area_name = "area name"  # marks the texts that save_figure moves apart
@@ -164,7 +164,8 @@ def flat_picture(space):
     for first, last in ((max(columns.min() - margin, 0), middle), (middle, columns.max() + margin)):
         fine = column[:, first:last].repeat(n, axis=0).repeat(n, axis=1)
         grey = np.where(fine < 0, np.nan, 0.74)
-        sides.append((np.dstack([fine] + 2 * [np.full_like(fine, -1)]), np.broadcast_to([1.0, 0, 0], (*fine.shape, 3)), grey))
+        nearest = np.dstack([fine] + 2 * [np.full_like(fine, -1)])
+        sides.append((nearest, np.broadcast_to([1.0, 0, 0], nearest.shape), grey))
     return sides
 
 
