@@ -9,6 +9,7 @@ activity are random at full resolution: no data is needed. Parts:
     memory    peak GPU memory of both phases' steps, the process capped; on a CPU what autograd keeps
     pca       group PCA against scikit-learn's randomised PCA, each in a process of its own
     prepare   decoding and resizing on one core and on all
+    predict   own pictures, nine predictions of each as arrays, against the trunk's own forward pass
     host      peak host memory of stages 1 to 4 on a simulated challenge folder of HOST_SIZE
     processes a phase-1 step in 1, 2, … processes (torchrun), what they say to each other, and memory
     search    how good what each of Optuna's samplers finds is, on a surface fitted to heads trained at random
@@ -16,7 +17,9 @@ activity are random at full resolution: no data is needed. Parts:
     scaling   cost at 1/8, 1/4, 1/2 and full size, as far as MAX_SIZE lets it
 """
 
+import contextlib
 import gc
+import io
 import itertools
 import json
 import multiprocessing
@@ -42,14 +45,15 @@ import demo
 import finetune
 import fit_pca
 import model
+import predict
 import prepare_data
 import processes
 import train_head
 import training
 from common import Problem, choose_device, choose_precision, constants, peak_resident, run_script, versions
-from model import Crops, Encoder, Head, Trunk, autocast, picture_size, smallest_crop
+from model import Crops, Encoder, Head, Space, Trunk, autocast, picture_size, smallest_crop
 
-PARTS = "step,heads,memory,pca,prepare,host,processes,scaling"  # which of these to run
+PARTS = "step,heads,memory,pca,prepare,predict,host,processes,scaling"  # which of these to run
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 PRECISION = "auto"  # auto, bfloat16, float16 or float32
 TRUNK = train_head.TRUNK  # timm name; weights are random, which costs the same
@@ -452,6 +456,53 @@ def part_prepare(folder):
     row(f"  on {cores} cores", f"{seconds[1] / seconds[cores]:.2f}", "times that rate; wanted 1.8 at least on two")
 
 
+# ---- part predict -------------------------------------------------------------------------------
+
+
+def random_space():
+    """The challenge's vertices with random areas of its names."""
+    sizes, rng = list(n_vertices.values()), np.random.default_rng(0)
+    vertices = np.concatenate([np.sort(rng.choice(prepare_data.n_fsaverage, n, replace=False)) for n in sizes])
+    names = {group: dict(enumerate(["Unknown", *areas])) for group, areas in demo.areas.items()}
+    shape = (full.subjects, len(vertices))
+    rois = {g: {"names": n, "labels": torch.from_numpy(rng.integers(0, len(n), shape))} for g, n in names.items()}
+    subjects = [f"subj{i:02}" for i in range(1, full.subjects + 1)]
+    return Space(subjects, torch.from_numpy(vertices), sizes[0], torch.ones(shape, dtype=torch.bool), rois)
+
+
+def part_predict(device, precision, folder):
+    folder, batch_size = Path(folder), predict.BATCH_SIZE
+    n = (64 if device.type == "cuda" else 2) * batch_size
+    (folder / "files").mkdir()
+    files = write_pictures(folder / "files", min(n, N_PICTURES))
+    (folder / "pictures").mkdir()
+    for i in range(n):
+        os.link(files[i % len(files)][0], folder / "pictures" / f"{i:06}.png")
+    trunk = Trunk(TRUNK, LAYERS, pretrained=False)
+    head = Head(trunk.feature_shapes, full.latent_dim, full.pca_dim, full.subjects, full.vertices)
+    torch.nn.init.normal_(head.embed_weight, std=full.vertices**-0.5)
+    encoder, made = Encoder(trunk, head).to(device).eval(), dict(fingerprint="", step=0, finished=True, scores={}, made_with={})
+    ensemble = predict.Ensemble([encoder], random_space(), [("random weights", made)], precision)
+    constants_of = dict(IMAGES=str(folder / "pictures"), OUTPUT_DIR=str(folder / "predictions"), OVERWRITE=True, MAPS=0, GIFTI=0)
+    vars(predict).update(constants_of)
+    images = torch.zeros(batch_size, 3, trunk.image_size, trunk.image_size, device=device)
+
+    def forward():
+        for _ in range(n // batch_size):
+            with torch.inference_mode(), autocast(device, precision):
+                trunk(images)
+
+    def everything():
+        with contextlib.redirect_stdout(io.StringIO()):
+            predict.predict_pictures(ensemble)
+
+    seconds = side_by_side(device, {"trunk": forward, "predict": everything})
+    row(f"trunk forward, {n} pictures in batches of {batch_size}", f"{n / seconds['trunk']:.1f} images/s", "= 1")
+    wanted = 0.5 if device.type == "cuda" else 0.8
+    share = seconds["trunk"] / seconds["predict"]
+    row("predict.py: from files to arrays of all nine predictions", f"{share:.3f}", f"of that rate; wanted {wanted} at least")
+
+
 # ---- part host ----------------------------------------------------------------------------------
 
 
@@ -691,6 +742,7 @@ def main():
         "memory": lambda folder: part_memory(device, precision),
         "pca": lambda folder: part_pca(device, folder),
         "prepare": part_prepare,
+        "predict": lambda folder: part_predict(device, precision, folder),
         "host": part_host,
         "processes": lambda folder: part_processes(device, batch_size, folder),
         "search": part_search,

@@ -137,8 +137,8 @@ class Ensemble:
         """pictures: one or several paths, PIL pictures or uint8 arrays (height, width, 3), of any sizes; subjects:
         names in a list or with commas, "group", or "all" for everyone and the group -> {name: Activity}."""
         chosen = choose_subjects(subjects, self.space)
-        single = isinstance(pictures, (str, Path, Image.Image)) or np.ndim(pictures) not in (1, 4)
-        pictures = [pictures] if single else list(pictures)
+        is_one = isinstance(pictures, (str, Path, Image.Image)) or getattr(pictures, "ndim", 4) != 4
+        pictures = [pictures] if is_one or not hasattr(pictures, "__iter__") else list(pictures)
         if not pictures:
             raise Problem("no pictures are given, expected one or more")
         with ThreadPoolExecutor() as pool:

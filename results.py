@@ -61,7 +61,7 @@ class Results:
             self.note(is_cleared=True)
         for name in files:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.aside / name, self.folder / name)
+            (self.aside / name).replace(self.folder / name)
         write_json(self.folder / record_name, {k: v for k, v in self.record.items() if k != "is_cleared"})
         shutil.rmtree(self.aside)
 
