@@ -44,8 +44,8 @@ from common import (
 from flatmap import FlatMap, fit_limits, save_figure
 from model import decode_mean, feature_latents, predict_mean
 from pictures import check_headers, find_pictures, nsd_id, read_batches, to_picture
-from results import ActivityWriter, RoiMeans, csv_bytes, draw_map, gifti_bytes, open_results, roi_columns
-from scores import r2_score
+from results import ActivityWriter, RoiMeans, draw_map, gifti_bytes, open_results, roi_columns
+from scores import Moments, r2_score, welch
 from training import Validation
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data; not needed for IMAGES
@@ -85,7 +85,8 @@ def choose_checkpoint(path, run_dir):
     if chosen.is_dir():
         inside = sorted(chosen.glob("*.pt"))
         inside = [p for p in inside if not p.name.endswith(".state.pt")] or [chosen / "finetuned.pt"]
-        raise Problem(f"{chosen} is a folder, expected a checkpoint's file, such as {' or '.join(map(str, inside[:3]))}")
+        such = " or ".join(map(str, inside[:3]))
+        raise Problem(f"{chosen} is a folder, expected a checkpoint's file, such as {such}")
     if not path and chosen == finetuned and head.exists():
         made = read_checkpoint(finetuned)
         if not made["made_with"]["CHECKPOINT"]:  # else it started from another one, whatever lies here
@@ -104,8 +105,8 @@ def choose_checkpoints(paths, run_dir):
 
 def describe_checkpoint(path, made):
     """Say what predicts."""
-    r2 = made["scores"].get("val_r2", np.nan)
-    print(f"predicting with {path} (step {made['step']}, validation median R² {r2:.4f}, fingerprint {made['fingerprint']})")
+    r2, stamp = made["scores"].get("val_r2", np.nan), made["fingerprint"]
+    print(f"predicting with {path} (step {made['step']}, validation median R² {r2:.4f}, fingerprint {stamp})")
     if not made["finished"]:
         print(f"{path} is the best so far of a training that has not ended; the same training command continues it")
 
@@ -116,7 +117,8 @@ class Activity:
 
     lh: np.ndarray  # (n_pictures, n_vertices of the left hemisphere) float32, in the challenge's order
     rh: np.ndarray
-    lh_fsaverage: np.ndarray  # (n_vertices of the left hemisphere,) int64: which of fsaverage's 163,842 they are
+    lh_fsaverage: np.ndarray  # (n_vertices of the left hemisphere,) int64: which of fsaverage's 163,842 they are; of
+    # a model of NSD-Flat which pixels of its maps
     rh_fsaverage: np.ndarray
 
 
@@ -132,6 +134,10 @@ class Ensemble:
     def predict(self, images, subjects, *, batch_size=64):
         """images (n, 256, 256, 3) uint8, subjects: indices, None for the group -> see model.predict_mean."""
         return predict_mean(self.encoders, images, subjects, batch_size=batch_size, precision=self.precision)
+
+    def latents(self, images):
+        """Of one batch, for decode_mean."""
+        return feature_latents(self.encoders, images, batch_size=len(images), precision=self.precision)
 
     def activity(self, pictures, subjects="all", *, batch_size=64):
         """pictures: one or several paths, PIL pictures or uint8 arrays (height, width, 3), of any sizes; subjects:
@@ -254,7 +260,8 @@ def predict_challenge(paths):
 
 def opened(folder, constant, inputs, ensemble, subjects, **options):
     """open_results for predictions of an ensemble for subjects (names)."""
-    inputs |= {"checkpoints": ensemble.fingerprints(), "precision": str(ensemble.precision)[6:], "subjects": list(subjects)}
+    inputs |= {"checkpoints": ensemble.fingerprints(), "precision": str(ensemble.precision)[6:]}
+    inputs |= {"subjects": list(subjects)}
     about = {"checkpoints": ensemble.record(), "constants": constants(globals())}
     return open_results(folder, inputs, about, constant=constant, overwrite=OVERWRITE, **options)
 
@@ -271,10 +278,8 @@ def write_submission(results, data, ensemble):
         [prediction] = ensemble.predict(data.images[shown], [s], batch_size=BATCH_SIZE)
         for hemi in prepare_data.hemis:
             files.append(results.path(f"{subject}/{hemi}_pred_test.npy"))
-            with write_whole(files[-1]) as file:
-                np.save(file, prediction[:, data.space.hemisphere(s, hemi)].numpy())
-    with write_whole(results.path("pictures.csv")) as file:
-        file.write(csv_bytes(rows))
+            results.save(f"{subject}/{hemi}_pred_test.npy", prediction[:, data.space.hemisphere(s, hemi)].numpy())
+    results.write_table("pictures.csv", rows)
     if files:
         with write_whole(results.path("submission.zip")) as file, zipfile.ZipFile(file, "w") as archive:
             for path in files:
@@ -285,7 +290,7 @@ def write_submission(results, data, ensemble):
 
 
 def score_private_test(ensemble, data):
-    """{"test_loss": …, "test_r2": …, "test_r2_subj01": …}, as validation scores; nothing where that would not be honest."""
+    """{"test_loss": …, "test_r2": …, "test_r2_subj01": …}; nothing where that would not be honest."""
     try:
         for path, made in ensemble.checkpoints:
             check_scorable(path, made, data, "test")
@@ -298,7 +303,8 @@ def score_private_test(ensemble, data):
         if len(rows):
             [prediction] = ensemble.predict(data.images[data.image[rows]], [s], batch_size=BATCH_SIZE)
             activity = torch.from_numpy(data.read_activity(rows)).float()
-            scored[s] = (activity - prediction).square().mean().item(), r2_score(activity, prediction)[data.space.mask[s]]
+            r2 = r2_score(activity, prediction)[data.space.mask[s]]
+            scored[s] = (activity - prediction).square().mean().item(), r2
     return validation.summary(scored, "test")
 
 
@@ -312,7 +318,8 @@ def predict_pictures(ensemble):
     with ThreadPoolExecutor() as pool:
         stamps = list(check_headers(pictures, pool).values())
         draws = {"GIFTI": n <= GIFTI and ensemble.space.unit == "vertices", "MAPS": n <= MAPS}
-        inputs = {"kind": "activity", "pictures": fingerprint(names), "stamps": fingerprint(stamps), "ARRAY_TYPE": ARRAY_TYPE, **draws}
+        inputs = {"kind": "activity", "pictures": fingerprint(names), "stamps": fingerprint(stamps)}
+        inputs |= {"ARRAY_TYPE": ARRAY_TYPE, **draws}
         if draws["MAPS"]:
             inputs |= {"OUTLINES": OUTLINES, "FSAVERAGE_DIR": FSAVERAGE_DIR, "MAP_RANGE": MAP_RANGE}
 
@@ -334,14 +341,13 @@ def write_pictures(results, ensemble, subjects, pictures, stamps, draws, pool):
     flat_map = FlatMap(space, FSAVERAGE_DIR) if draws["MAPS"] else None
     output = ActivityWriter(
         results, space, subjects, names, stamps, rois, dtype=np.dtype(ARRAY_TYPE), gifti=draws["GIFTI"],
-        flat_map=flat_map, outlines={subject: flat_map.outlines(OUTLINES, s) for subject, s in subjects.items() if flat_map},
-        map_range=MAP_RANGE,
+        flat_map=flat_map, roi_group=OUTLINES, map_range=MAP_RANGE,
     )  # fmt: skip
     with contextlib.closing(output), ThreadPoolExecutor(1) as writer, \
             progress(total=len(names), initial=output.n_done, desc="predicting", unit="picture") as bar:  # fmt: skip
         waiting = None
         for start, images in read_batches(list(pictures.values()), BATCH_SIZE, pool, output.n_done):
-            latents = feature_latents(ensemble.encoders, images, batch_size=BATCH_SIZE, precision=ensemble.precision)
+            latents = ensemble.latents(images)
             found = {name: activity_of(ensemble, latents, s, rois[name]) for name, s in subjects.items()}
             if waiting:
                 waiting.result()
@@ -349,13 +355,13 @@ def write_pictures(results, ensemble, subjects, pictures, stamps, draws, pool):
             bar.update(len(images))
         if waiting:
             waiting.result()
-    with write_whole(results.path("pictures.csv")) as file:
-        rows = [(row, name, path, nsd_id(name)) for row, (name, path) in enumerate(pictures.items())]
-        file.write(csv_bytes([("row", "picture", "file", "nsd_id"), *rows]))
+    rows = [(row, name, path, nsd_id(name)) for row, (name, path) in enumerate(pictures.items())]
+    results.write_table("pictures.csv", [("row", "picture", "file", "nsd_id"), *rows])
     results.finish()
-    drawn = [what for what, draw in (("GIFTI files", draws["GIFTI"]), ("maps", draws["MAPS"])) if draw]
-    more = f", {' and '.join(drawn)} of each" if drawn else "; arrays only: --gifti and --maps say up to how many get more"
-    print(f"wrote {results.folder}: {len(names)} pictures for {', '.join(subjects)}{more}")
+    print(f"wrote {results.folder}: {len(names)} pictures for {', '.join(subjects)}")
+    less = [f"--{name.lower()} {len(names)}" for name, drawn in draws.items() if not drawn]
+    if less and space.unit == "vertices":
+        print(f"arrays and table only; with {' '.join(less)} every picture has files of its own as well")
 
 
 @torch.inference_mode()
@@ -369,39 +375,14 @@ def activity_of(ensemble, latents, subject, roi_means):
 # ---- contrasts ----------------------------------------------------------------------------------
 
 
-class Moments:
-    """Mean and variance over pictures, taken a batch at a time (Chan et al. 1979), in float64."""
-
-    def __init__(self):
-        self.n, self.mean, self.squares = 0, 0.0, 0.0
-
-    def add(self, values):
-        """values (n, n_values) tensor."""
-        values, n = values.double(), len(values)
-        mean = values.mean(0)
-        apart = mean - self.mean
-        self.squares = self.squares + (values - mean).square().sum(0) + apart**2 * (self.n * n / (self.n + n))
-        self.mean = self.mean + apart * (n / (self.n + n))
-        self.n += n
-
-    def error(self):
-        """Squared standard error of the mean; NaN of a single picture."""
-        return self.squares / (self.n - 1) / self.n if self.n > 1 else self.squares * torch.nan
-
-
-def welch(a, b):
-    """Difference of the means of two Moments, and its t value with variances that may differ (Welch's)."""
-    difference = a.mean - b.mean
-    return difference, difference / (a.error() + b.error()).sqrt()
-
-
 def predict_contrast(ensemble):
     space = ensemble.space
     subjects = choose_subjects(SUBJECT, space)
     sides = {folder: find_pictures(folder, OUTPUT_DIR) for folder in (IMAGES, CONTRAST)}
     with ThreadPoolExecutor() as pool:
         stamps = [list(check_headers(pictures, pool).values()) for pictures in sides.values()]
-        inputs = {"kind": "contrast", "pictures": fingerprint(*map(list, sides.values())), "stamps": fingerprint(*stamps)}
+        names = [list(pictures) for pictures in sides.values()]
+        inputs = {"kind": "contrast", "pictures": fingerprint(*names), "stamps": fingerprint(*stamps)}
         inputs |= {"OUTLINES": OUTLINES, "FSAVERAGE_DIR": FSAVERAGE_DIR, "MAPS": MAPS > 0, "GIFTI": GIFTI > 0}
         with opened(OUTPUT_DIR, "OUTPUT_DIR", inputs, ensemble, subjects) as results:
             if results:
@@ -411,10 +392,11 @@ def predict_contrast(ensemble):
 def measure_sides(ensemble, subjects, rois, sides, pool):
     """-> {subject: [Moments of activity and ROI means together, (n_vertices + n_filled,), of either side]}."""
     moments = {subject: [Moments() for _ in sides] for subject in subjects}
-    with progress(total=sum(map(len, sides.values())), desc="predicting", unit="picture") as bar, torch.inference_mode():
+    n = sum(len(pictures) for pictures in sides.values())
+    with progress(total=n, desc="predicting", unit="picture") as bar, torch.inference_mode():
         for k, pictures in enumerate(sides.values()):
             for _, images in read_batches(list(pictures.values()), BATCH_SIZE, pool):
-                latents = feature_latents(ensemble.encoders, images, batch_size=BATCH_SIZE, precision=ensemble.precision)
+                latents = ensemble.latents(images)
                 for subject, s in subjects.items():
                     activity = decode_mean(ensemble.encoders, latents, s)
                     moments[subject][k].add(torch.cat([activity, rois[subject](activity)], 1))
@@ -427,17 +409,15 @@ def write_contrast(results, ensemble, subjects, sides, pool):
     rois = {subject: RoiMeans(space, s, device) for subject, s in subjects.items()}
     moments = measure_sides(ensemble, subjects, rois, sides, pool)
     results.note()
-    columns = ("roi_group", "roi", *(f"{what}_{side}" for what in ("difference", "t") for side in ("both", "lh", "rh")))
-    rows = [("subject", *columns, *roi_columns[-3:])]
+    rows = [("subject", *roi_columns("difference_", "t_"))]
     flat_map = FlatMap(space, FSAVERAGE_DIR) if MAPS else None
     for subject, s in subjects.items():
         found = {name: v.cpu().numpy() for name, v in zip(("difference", "t"), welch(*moments[subject]))}
-        rows += contrast_rows(subject, rois[subject], *(v[space.n_vertices :] for v in found.values()))
+        rows += rois[subject].rows((subject,), *(v[space.n_vertices :] for v in found.values()))
         maps = {name: np.where(space.present(s), v[: space.n_vertices], np.nan) for name, v in found.items()}
         for name, values in maps.items():
             for hemi in prepare_data.hemis:
-                with write_whole(results.path(f"{subject}/{name}_{hemi}.npy")) as file:
-                    np.save(file, values[space.hemisphere(s, hemi)].astype(np.float32))
+                results.save(f"{subject}/{name}_{hemi}.npy", values[space.hemisphere(s, hemi)].astype(np.float32))
                 if GIFTI and space.unit == "vertices":
                     results.path(f"{subject}/{name}_{hemi}.func.gii").write_bytes(gifti_bytes(values, space, s, hemi))
         if MAPS:
@@ -447,25 +427,14 @@ def write_contrast(results, ensemble, subjects, sides, pool):
                 outlines = flat_map.outlines(OUTLINES, s)
                 figure = draw_map(title, None, values, fit_limits([values]), labels[name], flat_map, outlines)
                 save_figure(figure, results.path(f"{subject}/{name}.png"))
-    with write_whole(results.path("rois.csv")) as file:
-        file.write(csv_bytes(rows))
-    with write_whole(results.path("pictures.csv")) as file:
-        rows = [(folder, name, path, nsd_id(name)) for folder, pictures in sides.items() for name, path in pictures.items()]
-        file.write(csv_bytes([("side", "picture", "file", "nsd_id"), *rows]))
+    results.write_table("rois.csv", rows)
+    shown = [(folder, name, path) for folder, pictures in sides.items() for name, path in pictures.items()]
+    rows = [(folder, name, path, nsd_id(name)) for folder, name, path in shown]
+    results.write_table("pictures.csv", [("side", "picture", "file", "nsd_id"), *rows])
     results.finish()
     counts = " less ".join(f"{folder} ({len(pictures)} pictures)" for folder, pictures in sides.items())
     single = "; t needs two pictures or more on either side" if min(map(len, sides.values())) < 2 else ""
     print(f"wrote {results.folder}: {counts} for {', '.join(subjects)}{single}")
-
-
-def contrast_rows(subject, rois, difference, t):
-    """Rows of rois.csv: difference, t (n_filled,) of the ROIs' means."""
-    table = np.full((2, rois.filled.size), np.nan)
-    table[:, rois.filled] = difference, t
-    table = table.reshape(2, -1, 3)
-    for k, (names, counts) in enumerate(zip(rois.areas, rois.counts)):
-        values = ("" if np.isnan(v) else f"{v:.6g}" for v in table[:, k].ravel())
-        yield (subject, *names, *values, *counts)
 
 
 def main():

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 import prepare_data
-from common import NamedFile, Problem, check_disk, differences, fingerprint, name_error, sole_writer, versions, write_whole
+from common import (
+    NamedFile, Problem, check_disk, differences, fingerprint, name_error, sole_writer, versions, write_whole,
+)  # fmt: skip
 from flatmap import describe_maps, fit_limits, save_figure
 
 record_name = "predictions.json"
@@ -40,6 +42,14 @@ class Results:
         path = self.aside / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    def save(self, name, array):
+        with write_whole(self.path(name)) as file:
+            np.save(file, array)
+
+    def write_table(self, name, rows):
+        with write_whole(self.path(name)) as file:
+            file.write(csv_bytes(rows))
 
     def note(self, **state):
         """Record how far it is; what is recorded as done must have reached the disk before."""
@@ -87,7 +97,8 @@ def remove(folder, record):
     files = [folder / name for name in record.get("files", [])]
     for path in [folder / record_name, *files]:
         path.unlink(missing_ok=True)
-    for parent in sorted({parent for path in files for parent in path.parents if folder in parent.parents}, reverse=True):
+    parents = {parent for path in files for parent in path.parents if folder in parent.parents}
+    for parent in sorted(parents, reverse=True):
         with contextlib.suppress(OSError):  # somebody else's files are in it
             parent.rmdir()
 
@@ -119,9 +130,10 @@ def open_results(folder, inputs, about, *, constant, overwrite, continues=None):
                 refuse_mixing(folder, "unfinished predictions of other inputs", partial["inputs"], inputs, constant)
             strays = sorted(p.name for p in folder.glob("[!.]*") if p.is_dir() or p.suffix in (".csv", ".zip"))
             if strays and not finished and not partial:
+                some = ", ".join(strays[:3]) + " …" * (len(strays) > 3)
                 raise Problem(
-                    f"{folder} holds {', '.join(strays[:3])}{' …' * (len(strays) > 3)} but no {record_name} that says what "
-                    f"made them: choose another {constant}, or --overwrite true writes there all the same"
+                    f"{folder} holds {some} but no {record_name} that says what made them: choose another {constant}, "
+                    "or --overwrite true writes there all the same"
                 )
         if can_continue:
             results.record |= {k: v for k, v in partial.items() if k not in results.record}
@@ -159,17 +171,26 @@ class RoiMeans:
         """activity (n, n_vertices) on the device -> (n, n_filled)."""
         return activity @ self.weights.T
 
+    def rows(self, first, *values):
+        """Rows (*first, *roi_columns) of a table, values (n_filled,) each; where there is no vertex nothing stands."""
+        table = np.full((len(values), self.filled.size), "", object)
+        table[:, self.filled] = [[v if isinstance(v, str) else f"{v:.6g}" for v in part] for part in values]
+        table = table.reshape(len(values), -1, 3)
+        for k, (names, counts) in enumerate(zip(self.areas, self.counts)):
+            yield (*first, *names, *table[:, k].ravel(), *counts)
+
     def template(self, *first):
-        """Rows first, roi_group, roi, both, lh, rh, n_both, n_lh, n_rh as text in which % puts the n_filled means."""
-        rows, filled = [], iter(self.filled)
-        for names, counts in zip(self.areas, self.counts):
-            names = [part.replace("%", "%%") for part in (*first, *names)]
-            rows.append((*names, *("%.6g" if next(filled) else "" for _ in counts), *counts))
-        return csv_bytes(rows).decode()
+        """The rows with one value as text, in which the operator % puts the n_filled means: fast."""
+        rows = self.rows(first, [mean_mark] * int(self.filled.sum()))
+        return csv_bytes(rows).decode().replace("%", "%%").replace(mean_mark, "%.6g")
 
 
-picture_mark = "\x1f"  # where a picture's name goes in a template
-roi_columns = ("roi_group", "roi", "both", "lh", "rh", "n_both", "n_lh", "n_rh")
+picture_mark, mean_mark = "\x1f", "\x1e"  # where a picture's name and a mean go in a template
+
+
+def roi_columns(*values):
+    """Names of the columns of RoiMeans.rows(); values: what stands before both, lh and rh, as "t_" in t_both."""
+    return ("roi_group", "roi", *(f"{before}{side}" for before in (*values, "n_") for side in ("both", "lh", "rh")))
 
 
 def csv_bytes(rows):
@@ -195,15 +216,18 @@ class ActivityWriter:
     rois.csv, GIFTI files and maps of every picture where wanted.
 
     subjects: {name: index in space, None for the group}; names, stamps: of the pictures; rois: {subject: RoiMeans}.
-    dtype: of the arrays; flat_map: None for no maps, else with outlines {subject: of FlatMap.outlines()} and the end
-    of their colour scale (0: what fits).
+    dtype: of the arrays; gifti: whether to write such files; flat_map: a FlatMap, or None for no maps; on maps
+    roi_group is outlined, and map_range ends the colour scale (0: what fits).
     """
 
-    def __init__(self, results, space, subjects, names, stamps, rois, *, dtype, gifti, flat_map, outlines, map_range):
+    def __init__(self, results, space, subjects, names, stamps, rois, *, dtype, gifti, flat_map, roi_group, map_range):
         self.results, self.space, self.subjects, self.names, self.stamps = results, space, subjects, names, stamps
-        self.dtype, self.gifti, self.flat_map, self.outlines, self.map_range = dtype, gifti, flat_map, outlines, map_range
+        self.dtype, self.gifti, self.flat_map, self.map_range = dtype, gifti, flat_map, map_range
+        if flat_map:
+            self.outlines = {subject: flat_map.outlines(roi_group, s) for subject, s in subjects.items()}
         self.templates = {subject: means.template(picture_mark, subject) for subject, means in rois.items()}
-        self.n_done, self.n_roi_bytes, self.files = results.record.get("n_done", 0), results.record.get("n_roi_bytes"), {}
+        self.files, self.n_done = {}, results.record.get("n_done", 0)
+        self.n_roi_bytes = results.record.get("n_roi_bytes")
         if self.n_done:
             print(f"continuing after {self.n_done} of {len(names)} pictures")
 
@@ -216,13 +240,13 @@ class ActivityWriter:
             for hemi in prepare_data.hemis:
                 own = self.space.hemisphere(s, hemi).numpy()
                 self.columns[subject, hemi] = own
-                with write_whole(self.results.path(f"{subject}/fsaverage_{hemi}.npy")) as file:
-                    np.save(file, self.space.vertices.numpy()[own])
+                index = "fsaverage" if self.space.unit == "vertices" else "pixels"
+                self.results.save(f"{subject}/{index}_{hemi}.npy", self.space.vertices.numpy()[own])
                 header = io.BytesIO()
                 prepare_data.write_npy_header(header, (len(self.names), len(own)), self.dtype)
                 n_bytes = len(header.getvalue()) + self.n_done * len(own) * self.dtype.itemsize
                 self.append(f"{subject}/activity_{hemi}.npy", header.getvalue(), n_bytes)
-        header = csv_bytes([("picture", "subject", *roi_columns)])
+        header = csv_bytes([("picture", "subject", *roi_columns(""))])
         self.append("rois.csv", header, self.n_roi_bytes or len(header))
 
     def append(self, name, header, n_bytes):
@@ -250,14 +274,15 @@ class ActivityWriter:
                 rows = self.templates[subject] % tuple(means[i].tolist())
                 self.files["rois.csv"].write(rows.replace(picture_mark, quoted).encode())
             if self.gifti or self.flat_map:
-                self.draw(name, images[i], {subject: activity[i].astype(np.float32) for subject, (activity, _) in found.items()})
+                self.draw(name, images[i], {subject: activity[i] for subject, (activity, _) in found.items()})
         self.n_done, self.n_roi_bytes = start + len(images), self.files["rois.csv"].tell()
         if self.results.is_due():
             self.note()
 
     def draw(self, name, picture, activities):
         """Files of a single picture. activities: {subject: (n_vertices,)}."""
-        shown = {subject: np.where(self.space.present(self.subjects[subject]), y, np.nan) for subject, y in activities.items()}
+        has = {subject: self.space.present(s) for subject, s in self.subjects.items()}
+        shown = {subject: np.where(has[subject], y, np.float32(np.nan)) for subject, y in activities.items()}
         limits = (-self.map_range, self.map_range) if self.map_range else fit_limits(shown.values())
         for subject, activity in shown.items():
             stem = f"{subject}/{name}"
@@ -288,7 +313,7 @@ class ActivityWriter:
 
 
 def draw_map(title, picture, activity, limits, label, flat_map, outlines):
-    """-> figure: activity (n_vertices,), NaN where missing, on a flat map; beside it a picture (256, 256, 3), or None."""
+    """-> figure: activity (n_vertices,), NaN where missing, on a flat map; picture (256, 256, 3) beside it, or None."""
     import matplotlib.pyplot as plt
 
     width = 3 * flat_map.grey.shape[1] / flat_map.grey.shape[0]  # inches

@@ -7,7 +7,8 @@ With activity y, prediction ŷ of a vertex over the n_images of a subject and it
     challenge = min(max(r, 0)² / c, 1), c = 0 counting as 1e-14; its mean is the challenge score
 
 Vertices that a subject lacks are never scored; a single picture gives no score. How much a number depends on
-the pictures that happened to be scored, Bootstrap and interval() say.
+the pictures that happened to be scored, Bootstrap and interval() say. Moments and
+welch() compare two means.
 """
 
 from itertools import product
@@ -253,3 +254,32 @@ def interval(score, resampled):
     """
     low, high = np.nanquantile(resampled, (0.025, 0.975)) - np.nanmean(resampled) + score
     return [float(low), float(high)]
+
+
+# ---- two means ----------------------------------------------------------------------------------
+
+
+class Moments:
+    """Mean and variance over pictures, taken a batch at a time (Chan et al. 1979), in float64."""
+
+    def __init__(self):
+        self.n, self.mean, self.squares = 0, 0.0, 0.0
+
+    def add(self, values):
+        """values (n, n_values) tensor."""
+        values, n = values.double(), len(values)
+        mean = values.mean(0)
+        apart = mean - self.mean
+        self.squares = self.squares + (values - mean).square().sum(0) + apart**2 * (self.n * n / (self.n + n))
+        self.mean = self.mean + apart * (n / (self.n + n))
+        self.n += n
+
+    def error(self):
+        """Squared standard error of the mean; NaN of a single picture."""
+        return self.squares / (self.n - 1) / self.n if self.n > 1 else self.squares * torch.nan
+
+
+def welch(a, b):
+    """Difference of the means of two Moments, and its t value with variances that may differ (Welch's)."""
+    difference = a.mean - b.mean
+    return difference, difference / (a.error() + b.error()).sqrt()

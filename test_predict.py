@@ -81,8 +81,8 @@ def published(fitted, tmp_path, monkeypatch):
     """A phase 1 file in the authors' layout for the simulated vertices, on a narrower trunk of theirs."""
     create, n_vertices = timm.create_model, prepare_data.load(fitted).space.n_vertices
 
-    def narrow(*arguments, pretrained, **options):
-        return create(*arguments, **options, pretrained=False, embed_dim=24, num_heads=2)
+    def narrow(*arguments, **options):
+        return create(*arguments, **options | dict(pretrained=False, embed_dim=24, num_heads=2))
 
     monkeypatch.setattr(timm, "create_model", narrow)
     generator, shapes = torch.Generator().manual_seed(0), {}
