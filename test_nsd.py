@@ -707,6 +707,11 @@ def test_objects_are_what_cocos_own_tools_make():
     assert objects["segmentation"][0] == {"counts": None, "poly": [[0, 40, 35, 40, 35, 120, 0, 120]], "size": None}
     picture["instances"][0]["segmentation"] = [[0, 0, 9, 0, 9, 9], outline]  # as published: counts the first part
     assert coco.convert(picture, (0, 0, 0.2, 0.12))[0]["area"] == []
+    part = instance | {"bbox": [100.3, 50.7, 33.3, 20.1], "segmentation": [[100.3, 50.7, 133.6, 50.7, 133.6, 70.8]]}
+    wide = {"height": 480, "width": 640, "captions": [], "instances": [part]}
+    objects, _ = coco.convert(wide, (0, 0, 0.125, 0.125))  # by 425 / 480: 17.97396 44.89063 47.45833 62.6875
+    assert objects["segmentation"][0]["poly"] == [[17.97, 44.89, 47.46, 44.89, 47.46, 62.69]]
+    np.testing.assert_allclose(objects["bbox"], [[17.97, 44.89, 47.46 - 17.97, 62.69 - 44.89]], rtol=1e-12)
     for polygon, area in (
         ([10.25, 20.5, 200.75, 31.1, 180.3, 222.22, 95.5, 300.01, 12, 250.6], 43028),
         ([0, 0, 425, 0, 425, 100.4, 30.3, 425, 0, 425], 116549),
