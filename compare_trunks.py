@@ -217,13 +217,14 @@ def print_table(lines, subjects_and_pictures):
     width = max(len(line["trunk"]) for line in lines)
     print(f"\nMedian R² on validation ({subjects_and_pictures}), mean and deviation over seeds")
     columns = " ".join(f"{s:>11}" for s in shown)
-    print(f"{'trunk':{width}}  method  median R²          report  difference to the best      {columns}")
+    print(f"{'trunk':{width}}  method  {'median R²':17} report  {'to the best, with 95 %':27} {columns}")
     for line in lines:
         deviation = "" if line["deviation"] is None else f"± {line['deviation']:.4f}"
+        by_stream = " ".join(f"{line[s]:11.4f}" for s in streams)
         between = "" if line["low"] is None or not line["difference"] else f"{line['low']:+.4f} to {line['high']:+.4f}"
         print(
             f"{line['trunk']:{width}}  {line['method']:6}  {line['val_r2']:.4f} {deviation:10} "
-            f"{line['report'] or '':>6}  {line['difference']:+.4f} {between:19} " + " ".join(f"{line[s]:11.4f}" for s in streams)
+            f"{line['report'] or '':>6}  {line['difference']:+.4f} {between:19} {by_stream}"
         )
 
 
