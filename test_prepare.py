@@ -722,3 +722,12 @@ def test_default_passes_on_a_slowly_falling_spectrum():
     )
     assert 0 < lost < theirs < 0.004  # a pass less loses 0.005
     assert total == pytest.approx(exact.explained_variance_.sum() / exact.explained_variance_ratio_.sum(), rel=1e-5)
+
+
+def test_latents_are_float16_only_where_that_changes_nothing():
+    """Below 6e-5 float16 goes by steps of 6e-8, above 65504 it ends: such latents stay float32."""
+    latents = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    for factor, dtype in ((1, torch.float16), (300, torch.float16), (1e-5, torch.float32), (1e5, torch.float32)):
+        stored = fit_pca.narrow(factor * latents)
+        assert stored.dtype == dtype
+        assert (stored.double() - factor * latents.double()).square().sum() < 1e-7 * (factor * latents).square().sum()
