@@ -7,6 +7,7 @@ fingerprint, the vertex space, and what made it.
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common import Problem, check_format, fingerprint, is_subject_name, read_torch, versions, write_whole
@@ -16,7 +17,7 @@ checkpoint_format = "encoder-2"
 checkpoint_kind = "a checkpoint of train_head.py or finetune.py"
 
 
-def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished=False):
+def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished=False, trained_nsd_ids=None):
     """Write all that prediction needs. made_with: constants and fingerprints of what made it; finished: of the
     training that chose it, else it is the best so far. Of the trunk what was trained is stored, and position
     embeddings, which timm may have resampled; the rest, the pretrained file's own, is known by its fingerprint.
@@ -39,6 +40,7 @@ def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished=F
         "scores": scores,
         "step": step,
         "finished": finished,
+        "trained_nsd_ids": None if trained_nsd_ids is None else torch.as_tensor(np.unique(trained_nsd_ids)),
     }
     with write_whole(path) as file:
         torch.save(checkpoint, file)

@@ -89,16 +89,9 @@ def read_ceilings(space):
         return ceilings
     kinds = {}
     for s, subject in enumerate(space.subjects):
-        for below in ("test_split/noise_ceiling", "noise_ceiling", ""):
-            found = read_sides(root / subject / below, "_noise_ceiling", space, s, ())
-            if found is not None:
-                percent = np.nanmax(found) > 1.5
-                if np.nanmin(found) < 0 or np.nanmax(found) > 100:
-                    span = f"{np.nanmin(found):g} to {np.nanmax(found):g}"
-                    raise Problem(f"{root / subject / below}: ceilings of {span}, expected 0 to 1 or 0 to 100")
-                ceilings[s] = found / 100 if percent else found
-                kinds[subject] = "percent" if percent else "fractions"
-                break
+        found = read_ceiling(root / subject, space, s)
+        if found is not None:
+            ceilings[s], kinds[subject] = found
     if NOISE_CEILING_DIR and not kinds:
         raise Problem(f"no subjXX/{{lh,rh}}_noise_ceiling.npy of {', '.join(space.subjects)} below {root}")
     for kind in sorted(set(kinds.values())):
@@ -106,6 +99,20 @@ def read_ceilings(space):
     if len(kinds) < len(space.subjects):
         print(f"no noise ceiling, no challenge score: {', '.join(n for n in space.subjects if n not in kinds)}")
     return ceilings
+
+
+def read_ceiling(folder, space, s):
+    """-> one subject's noise ceiling as a fraction (n_vertices,) and the kind of its values in words; None where
+    folder has none."""
+    for below in ("test_split/noise_ceiling", "noise_ceiling", ""):
+        found = read_sides(Path(folder) / below, "_noise_ceiling", space, s, ())
+        if found is not None:
+            if np.nanmin(found) < 0 or np.nanmax(found) > 100:
+                span = f"{np.nanmin(found):g} to {np.nanmax(found):g}"
+                raise Problem(f"{Path(folder) / below}: ceilings of {span}, expected 0 to 1 or 0 to 100")
+            is_percent = np.nanmax(found) > 1.5
+            return (found / 100, "percent") if is_percent else (found, "fractions")
+    return None
 
 
 def read_split(data, split, s):

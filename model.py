@@ -639,6 +639,13 @@ class Space:
         """(n_vertices,) bool array: which vertices a subject (an index) has; the group has all."""
         return self.mask[subject].numpy() if subject is not None else np.ones(self.n_vertices, bool)
 
+    def find(self, other):
+        """Columns of this space that are the vertices of another, (other.n_vertices,) int64 array, -1 where none is."""
+        keys = [2 * s.vertices.numpy() + (np.arange(s.n_vertices) >= s.n_lh) for s in (self, other)]
+        order = np.argsort(keys[0])
+        place = order[np.searchsorted(keys[0], keys[1], sorter=order).clip(max=self.n_vertices - 1)]
+        return np.where(keys[0][place] == keys[1], place, -1)
+
     def roi_labels(self, group, subject=None):
         """Labels (n_vertices,) of a subject; the group's are those that most subjects give a vertex."""
         labels = self.rois[group]["labels"].numpy()

@@ -304,8 +304,10 @@ def read_mapping(path):
     return {int(label): str(name) for label, name in mapping.items()}
 
 
-def scan_activity(subjects, findings):
+def scan_activity(subjects, findings, limit=None):
     """Read all activity once: find NaN, infinity and what is not z-scored, choose how it can be stored.
+
+    limit: z, as ACTIVITY_LIMIT, which it is unless given.
 
     -> np.float16 where rounding to it changes no vertex's R² by more than 1e-4 (an error of 1e-7 of
     its variance; z-scored activity: 4e-8), else np.float32; {path: fingerprint of its values}.
@@ -337,7 +339,8 @@ def scan_activity(subjects, findings):
                 worst = max(worst, np.max(sums[2][varies] / variance[varies], initial=0))
                 with findings.collect():
                     deviation = np.sqrt(np.maximum(variance, 0) / n)
-                    check_scale(f"{subject.name} {hemi}", path, n, sums[0] / n, np.where(is_constant, 0, deviation))
+                    deviation = np.where(is_constant, 0, deviation)
+                    check_scale(f"{subject.name} {hemi}", path, n, sums[0] / n, deviation, limit or ACTIVITY_LIMIT)
     return np.float16 if worst < 1e-7 else np.float32, fingerprints
 
 
@@ -350,7 +353,7 @@ def activity_blocks(path, digest):
         yield block
 
 
-def check_scale(whose, path, n_pictures, mean, deviation):
+def check_scale(whose, path, n_pictures, mean, deviation, limit):
     """Tell activity that does not look z-scored, refuse what is far from it. mean, deviation (n_vertices,)."""
 
     def tell(text, vertices):
@@ -362,13 +365,13 @@ def check_scale(whose, path, n_pictures, mean, deviation):
     center, spread = np.median(np.abs(mean)), np.median(deviation)  # of single vertices some may be odd
     found = f"mean {center:.3g} away from 0, deviation {spread:.3g} (medians over vertices)"
     expected = "expected about 0 and 0.6 to 1: responses z-scored in every session, averaged over repeats"
-    if not (center <= ACTIVITY_LIMIT and 1 / ACTIVITY_LIMIT <= spread <= ACTIVITY_LIMIT):
-        raise Problem(f"{path}: {found}, {expected}; z-score it, or raise ACTIVITY_LIMIT ({ACTIVITY_LIMIT:g})")
+    if not (center <= limit and 1 / limit <= spread <= limit):
+        raise Problem(f"{path}: {found}, {expected}; z-score it, or raise ACTIVITY_LIMIT ({limit:g})")
     if center > usual_mean + n_pictures**-0.5 or not usual_deviation[0] <= spread <= usual_deviation[1]:
         say(f"{whose}: {found}, {expected}")
     tell("are constant, which nothing predicts", deviation == 0)
-    is_odd = (np.abs(mean) > ACTIVITY_LIMIT) | (deviation > ACTIVITY_LIMIT)
-    tell(f"have a mean or deviation above {ACTIVITY_LIMIT:g}", is_odd)
+    is_odd = (np.abs(mean) > limit) | (deviation > limit)
+    tell(f"have a mean or deviation above {limit:g}", is_odd)
 
 
 # ---- common vertex space and splits -------------------------------------------------------------

@@ -396,9 +396,11 @@ class Training:
     def keep(self, learner, scores, step):
         if processes.is_first():
             made_with = {**vars(learner.settings), **learner.inputs}
+            trained = self.data.nsd_id[self.data.image[self.data.samples("train")]]
             save_checkpoint(
-                learner.output, learner.encoder, space=self.data.space, made_with=made_with, scores=scores, step=step
-            )
+                learner.output, learner.encoder, space=self.data.space, made_with=made_with, scores=scores, step=step,
+                trained_nsd_ids=trained,
+            )  # fmt: skip
 
     def tell(self, current, step):
         best = max(current, key=lambda learner: learner.progress.log[-1]["val_r2"])
