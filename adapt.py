@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 import evaluate
 import predict
@@ -31,17 +30,17 @@ import ridge
 from checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from common import (
     Problem, check_disk, check_least, choose_device, choose_precision, constants, differences, fingerprint,
-    is_subject_name, progress, run_script, say, sole_writer, write_whole,
+    is_subject_name, progress, run_script, sole_writer, write_whole,
 )  # fmt: skip
 from flatmap import save_figure
-from model import Encoder, Head, Space, of_features
+from model import Encoder, Space, of_features
 from results import csv_bytes
 from scores import finite_median, score
 
 CHALLENGE_DIR = prepare_data.CHALLENGE_DIR  # holds the person's folder SUBJECT, or is that folder
 SUBJECT = "subj09"  # the new person's name, any but those that the checkpoint has
 RUN_DIR = predict.RUN_DIR  # holds finetuned.pt or head.pt
-CHECKPOINT = ""  # a checkpoint's path, also the authors' weights; empty: RUN_DIR/finetuned.pt where it is, else head.pt
+CHECKPOINT = ""  # a checkpoint's path, also the authors' weights; empty: RUN_DIR/finetuned.pt, else head.pt
 DATA_DIR = prepare_data.DATA_DIR  # prepared data: vertex masks for the authors' weights, else not needed
 OUTPUT_DIR = ""  # adapted.pt, curve and submission are written there; empty: runs/SUBJECT
 HOLD_OUT = True  # 15 % of the pictures, as everywhere, for the curve; false: fit to all, nothing to score
@@ -55,6 +54,8 @@ OVERWRITE = False  # adapt again although OUTPUT_DIR has an adapted.pt
 
 fewest = 5  # pictures
 sizes = [0] + [n * 10**k for k in range(1, 6) for n in (1, 3)]  # of the curve: 0, 10, 30, 100, …
+# one for all components, h of whole pictures: a penalty for each component is worse, random crops' mean h no better
+# (benchmark.py --parts adapt)
 penalties = [10 ** (k / 2) for k in range(-4, 13)] + [float("inf")]  # a, in mean |h - mean h|²; inf: B = 0, b alone
 colours = {"group": "0.5", "adapted": "#0072B2", "ridge": "#D55E00"}  # of the curve's methods (Okabe and Ito)
 titles = {"group": "the group's prediction", "adapted": "adapted", "ridge": "ridge regression from the trunk's features"}
@@ -113,11 +114,6 @@ def fit(h, t, basis, penalties=penalties):
     return weight, components @ t_mean - weight @ h_mean, best
 
 
-def empty_map(head):
-    """B and b of someone without data: zero, the group's prediction."""
-    return torch.zeros_like(head.shared), torch.zeros_like(head.subject_bias[0])
-
-
 # ---- the new person -----------------------------------------------------------------------------
 
 
@@ -152,8 +148,8 @@ def find_folder():
         if (found / "training_split").is_dir():
             return found
     raise Problem(
-        f"neither {folder / SUBJECT} nor {folder} has a training_split, expected the new person's data in the challenge's "
-        "layout: pictures, activity and masks (docs/adapt.md)"
+        f"neither {folder / SUBJECT} nor {folder} has a training_split, expected the new person's data in the "
+        "challenge's layout: pictures, activity and masks (docs/adapt.md)"
     )
 
 
@@ -174,7 +170,8 @@ def read_person():
 def check_checkpoint(path, space):
     taken = [name for name in space.subjects if name.casefold() == SUBJECT.casefold()]
     if taken:
-        raise Problem(f"{path} has {taken[0]} already, expected a new name in SUBJECT: it has {', '.join(space.subjects)}")
+        known = ", ".join(space.subjects)
+        raise Problem(f"{path} has {taken[0]} already, expected in SUBJECT a name that is new to it: it has {known}")
     if space.unit != "vertices":
         raise Problem(f"{path} predicts {space.unit} of NSD-Flat, expected a checkpoint of fsaverage's vertices")
 
@@ -186,19 +183,21 @@ def match(files, space, trained, path):
     columns = space.find(own)
     n_known, n_unknown = (columns >= 0).sum(), (columns < 0).sum()
     if not n_known:
-        raise Problem(f"none of {SUBJECT}'s {len(columns)} vertices is among the {space.n_vertices} of {path}, expected some")
+        raise Problem(f"none of {SUBJECT}'s {len(columns)} vertices is one of {path}, expected vertices of visual cortex")
     if n_unknown:
-        print(f"{SUBJECT}: {n_unknown} of {len(columns)} vertices are not among those of {path}: left out, predicted as 0")
+        print(f"{SUBJECT}: {n_unknown} of {len(columns)} vertices are none of {path}: left out, predicted as 0")
     train = hold_out(files.nsd_ids) if HOLD_OUT else np.ones(len(files.pictures), bool)
     scored = ~train
     if trained is None and scored.any():
-        print(f"{path} does not say which pictures it was trained on: those among the held-out ones stay in the scores")
+        print(f"{path} does not say which pictures it was trained on: held-out ones among them cannot be left out")
     elif scored.any():
-        is_known = np.isin(files.nsd_ids, trained)
-        if (is_known & ~train).any():
-            print(f"{(is_known & ~train).sum()} of {(~train).sum()} held-out pictures were seen by others whom {path} was "
-                  "trained on (by their nsd id): left out of the scores")  # fmt: skip
-        scored &= ~is_known
+        scored &= ~np.isin(files.nsd_ids, trained)
+        n_held, n_seen = (~train).sum(), (~train & ~scored).sum()
+        if n_seen:
+            print(
+                f"{n_seen} of {n_held} held-out pictures are some that {path} was trained on with other people, by their "
+                "nsd ids: left out of the scores"
+            )
     ceiling = evaluate.read_ceiling(find_folder(), own, 0)
     ceiling = np.full(n_known, np.nan) if ceiling is None else ceiling[0][columns >= 0]
     return Person(files, own, columns, train, scored, ceiling)
@@ -224,7 +223,7 @@ def read_latents(encoder, paths, precision):
 
 
 class Solver:
-    """Fits and predicts the person from any of their pictures, of which it knows h and targets."""
+    """Fits the person's map to any of their pictures, of which it knows h and coordinates of y - mean - E A h."""
 
     def __init__(self, encoder, person, h):
         head, device = encoder.head, encoder.head.embed_bias.device
@@ -233,23 +232,24 @@ class Solver:
         self.basis = decompose(head.embed_weight.detach()[columns])
         self.mean = head.embed_bias.detach()[columns] * head.bias_count
         self.group_mean = head.embed_bias.detach()[columns]
+        none = torch.zeros_like(self.shared), torch.zeros_like(self.shared[:, 0])
         parts = []
-        for rows in np.array_split(np.arange(len(h)), -(-len(h) // 512)):
-            y = person.read_activity(rows).to(device)
-            parts.append(coordinates(self.basis, y - self.mean - self.h[rows] @ self.shared.T @ self.basis.rows.T))
+        for rows in torch.arange(len(h)).split(512):
+            y = person.read_activity(rows.numpy()).to(device)
+            parts.append(coordinates(self.basis, y - self.predict(self.h[rows], *none)))
         self.targets = torch.cat(parts)
 
     def fit(self, rows):
         """-> B, b, penalty of the pictures in rows, in single precision."""
         weight, bias, penalty = fit(self.h[rows], self.targets[rows], self.basis)
-        return weight.float(), bias.float(), penalty
+        return weight.to(self.h.dtype), bias.to(self.h.dtype), penalty
 
-    def predict(self, rows, weight, bias):
-        z = self.h[rows] @ (self.shared + weight).T + bias
-        return z @ self.basis.rows.T + self.mean
+    def predict(self, h, weight, bias):
+        """h (n, latent_dim) -> activity (n, n_vertices known)."""
+        return (h @ (self.shared + weight).T + bias) @ self.basis.rows.T + self.mean
 
-    def predict_group(self, rows):
-        return self.h[rows] @ self.shared.T @ self.basis.rows.T + self.group_mean
+    def predict_group(self, h):
+        return h @ self.shared.T @ self.basis.rows.T + self.group_mean
 
 
 def measure_curve(solver, person, features):
@@ -265,7 +265,7 @@ def measure_curve(solver, person, features):
         challenge = float(known.mean()) if len(known) else float("nan")
         return finite_median(found["r2"]), float(found["r"].mean()), challenge
 
-    group, curve = measure(solver.predict_group(scored)), []
+    group, curve = measure(solver.predict_group(solver.h[scored])), []
     for n in [n for n in sizes if n < len(train)] + [len(train)]:
         curve.append((n, "group", *group, 0))
         if n == 0:
@@ -275,14 +275,14 @@ def measure_curve(solver, person, features):
         for draw in progress(range(n_draws), f"{n} pictures", unit="draw"):
             rows = np.random.default_rng([SEED, n, draw]).choice(train, n, replace=False) if n < len(train) else train
             weight, bias, _ = solver.fit(rows)
-            curve.append((n, "adapted", *measure(solver.predict(scored, weight, bias)), draw))
+            curve.append((n, "adapted", *measure(solver.predict(solver.h[scored], weight, bias)), draw))
             fitted = ridge.fit(features[rows].to(device), person.read_activity(rows).to(device))
             curve.append((n, "ridge", *measure(ridge.predict(fitted, features[scored].to(device))), draw))
     return curve
 
 
 def summarise_curve(curve, column):
-    """{method: (n_pictures (n,), mean (n,), least (n,), most (n,)) over the draws}; column: place in the curve's rows."""
+    """{method: (n_pictures, mean, least, most)} over the draws, each (n_sizes,); column: place in the curve's rows."""
     found = {}
     for method in titles:
         points = {}
@@ -333,7 +333,7 @@ def plot_curve(curve, n_scored):
         panel.spines[["top", "right"]].set_visible(False)
     # a few pictures of a ridge regression would squash all else
     axes[0, 0].set_ylim(bottom=max(axes[0, 0].get_ylim()[0], -0.1))
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     figure.suptitle(f"{SUBJECT}: score on {n_scored} held-out pictures (bands: lowest and highest draw)", fontsize=10)
     return figure
 
@@ -344,21 +344,18 @@ def plot_curve(curve, n_scored):
 def add_person(encoder, space, person, weight, bias):
     """-> (encoder, space) with one subject more, the last. The others' numbers are those of before."""
     head = encoder.head
-    n_subjects, pca_dim, latent_dim = head.subject_weight.shape
-    with torch.device("meta"):
-        larger = Head(encoder.trunk.feature_shapes, latent_dim, pca_dim, n_subjects + 1, space.n_vertices)
-    larger.projections, larger.bias_count = head.projections, head.bias_count
-    larger.shared = head.shared
-    larger.subject_weight = nn.Parameter(torch.cat([head.subject_weight.detach(), weight[None]]))
-    larger.subject_bias = nn.Parameter(torch.cat([head.subject_bias.detach(), bias[None]]))
-    larger.set_embedding(head.embed_weight.detach(), head.embed_bias.detach())
+    n_subjects = len(head.subject_bias)
+    maps = torch.cat([head.subject_weight.detach(), weight[None]]), torch.cat([head.subject_bias.detach(), bias[None]])
+    larger = head.replaced(*maps, head.embed_weight.detach(), head.embed_bias.detach())
     known = person.known()
     mask = torch.zeros(1, space.n_vertices, dtype=torch.bool)
     mask[0, person.columns[known]] = True
     labels = {group: (roi["names"], roi["labels"][0].numpy()[known]) for group, roi in person.space.rois.items()}
     rois = add_rois(space.rois, labels, person.columns[known], (n_subjects, space.n_vertices))
-    space = dataclasses.replace(space, subjects=[*space.subjects, SUBJECT], mask=torch.cat([space.mask, mask]), rois=rois)
-    return Encoder(encoder.trunk, larger, encoder.layers).eval(), space
+    subjects, mask = [*space.subjects, SUBJECT], torch.cat([space.mask, mask])
+    return Encoder(encoder.trunk, larger, encoder.layers).eval(), dataclasses.replace(
+        space, subjects=subjects, mask=mask, rois=rois
+    )
 
 
 def add_rois(rois, own, columns, shape):
@@ -385,7 +382,7 @@ def write_test_predictions(folder, encoder, person, index, h):
     known, side = person.known(), np.arange(person.space.n_vertices) < person.space.n_lh
     whole = np.zeros((len(h), len(known)), np.float32)
     with torch.inference_mode():
-        for rows in np.array_split(np.arange(len(h)), -(-len(h) // BATCH_SIZE)):
+        for rows in torch.arange(len(h)).split(BATCH_SIZE):
             prediction = encoder.decode(h[rows].to(encoder.head.embed_bias.device), index).cpu().numpy()
             whole[rows[0] : rows[-1] + 1, known] = prediction[:, person.columns[known]]
     for hemi, own in zip(prepare_data.hemis, (side, ~side)):
@@ -401,7 +398,8 @@ def is_adapted(output, inputs):
     before = (read_checkpoint(output)["made_with"].get("adapted") or [{"inputs": {}}])[-1]["inputs"]
     changed = differences(before, inputs)
     if changed:
-        raise Problem(f"{output} was adapted with {'; '.join(changed[:6])}. --overwrite true adapts anew; or choose another OUTPUT_DIR")
+        mend = "--overwrite true adapts anew; or choose another OUTPUT_DIR"
+        raise Problem(f"{output} was adapted with {'; '.join(changed[:6])}. {mend}")
     print(f"{output} is there already from these inputs; --overwrite true adapts anew")
     return True
 
@@ -423,10 +421,10 @@ def adapt(path, files, stamps, output, device, precision):
     start = time.perf_counter()
     encoder, space, made = load_checkpoint(path, device, lambda: prepare_data.find_space(DATA_DIR, ""))
     check_checkpoint(path, space)
-    masks = [fingerprint(*files.vertices.values()), {group: fingerprint(roi[0], *roi[1].values()) for group, roi in files.rois.items()}]
+    rois = {group: fingerprint(names, *labels.values()) for group, (names, labels) in files.rois.items()}
     inputs = {
         "SUBJECT": SUBJECT, "SEED": SEED, "HOLD_OUT": HOLD_OUT, "precision": str(precision)[6:],
-        "checkpoint": made["fingerprint"], "pictures": files.picture_stamp, "masks": fingerprint(masks),
+        "checkpoint": made["fingerprint"], "pictures": files.picture_stamp, "masks": fingerprint(*files.vertices.values(), rois),
         "activity": fingerprint(list(stamps.values())),
     }  # fmt: skip
     if is_adapted(output / "adapted.pt", inputs):
@@ -444,8 +442,8 @@ def adapt(path, files, stamps, output, device, precision):
     weight, bias, penalty = solver.fit(np.flatnonzero(person.train))
     fitted = time.perf_counter()
     print(
-        f"{SUBJECT}: {n_train} pictures, {int(person.known().sum())} vertices; penalty {penalty:g} by leave-one-out; pictures "
-        f"through the trunk {fitting - start:.0f} s, closed form {fitted - fitting:.1f} s"
+        f"{SUBJECT}: fitted to {n_train} pictures, {int(person.known().sum())} vertices; penalty {penalty:g} by "
+        f"leave-one-out; pictures through the trunk {fitting - start:.0f} s, closed form {fitted - fitting:.1f} s"
     )
     scores, curve = dict(made["scores"]), None
     if n_scored > 1:
@@ -456,7 +454,7 @@ def adapt(path, files, stamps, output, device, precision):
         print(f"{n_scored} held-out pictures to score, expected 2 at least: no curve")
 
     encoder, space = add_person(encoder, space, person, weight, bias)
-    about = {"inputs": inputs, "constants": constants(globals()), "n_pictures": n_train, "penalty": penalty}
+    about = {"inputs": inputs, "constants": constants(globals()), "n_pictures": n_train, "penalty": f"{penalty:g}"}
     if curve:
         rows = [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in curve]
         names = ("n_pictures", "method", "median_r2", "mean_r", "challenge", "draw")

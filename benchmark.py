@@ -512,7 +512,7 @@ def write_challenge(folder):
     files = [path for [path] in write_pictures(folder / "files", N_PICTURES)]
     challenge, rng = folder / "challenge", np.random.default_rng(0)
     n_train, n_test = (max(20, round(n * HOST_SIZE)) for n in (demo.n_training[1], demo.n_held_out[1]))
-    chosen = demo.choose_pictures(0, n_train, n_test, shared=0.1)
+    chosen = {s: splits for s, splits in demo.choose_pictures(0, n_train, n_test, shared=0.1).items() if s <= 8}
     for nsd_id, paths in demo.picture_paths(challenge, chosen).items():
         for path in paths:
             os.link(files[nsd_id % len(files)], path)

@@ -1,4 +1,4 @@
-"""A simulated challenge folder with a planted answer, then every stage on it: python demo.py
+"""A simulated challenge folder with a planted answer, every stage on it, then a new person: python demo.py
 
 Needs no data, no network and no GPU. Eight simulated people look at pictures made from two
 photographs; each of their cortical vertices weighs simple features of the picture (brightness,
@@ -42,10 +42,10 @@ STEPS = 80  # of phase 1
 FINETUNE_STEPS = 40  # of phase 2, with half the batch: gradients of the trunk need memory
 
 n_fsaverage = 163842  # vertices of an fsaverage hemisphere; its first 10,242 are fsaverage5
-n_training = {1: 9841, 2: 9841, 3: 9082, 4: 8779, 5: 9841, 6: 9082, 7: 9841, 8: 8779}  # challenge
-n_held_out = {1: 159, 2: 159, 3: 293, 4: 395, 5: 159, 6: 293, 7: 159, 8: 395}  # its test pictures
-n_missing = {6: {"lh": 2, "rh": 20}, 8: {"lh": 2, "rh": 1}}  # vertices that a subject lacks
-shared = 0.2  # part of subj01's pictures that everyone sees (challenge: 0.1)
+n_training = {1: 9841, 2: 9841, 3: 9082, 4: 8779, 5: 9841, 6: 9082, 7: 9841, 8: 8779, 9: 3280}  # challenge; 9 is new
+n_held_out = {1: 159, 2: 159, 3: 293, 4: 395, 5: 159, 6: 293, 7: 159, 8: 395, 9: 159}  # its test pictures
+n_missing = {6: {"lh": 2, "rh": 20}, 8: {"lh": 2, "rh": 1}, 9: {"lh": 4, "rh": 4}}  # vertices that a subject lacks
+shared = 0.2  # part of subj01's pictures that everyone sees (challenge: 0.1); subj09 sees a quarter of them
 grid = 16  # receptive fields weigh grid x grid places of the picture
 n_channels = 8  # luminance, red-green, blue-yellow, contrast, edges of four orientations
 jitter = 3.0  # mm, by how much landmarks differ between subjects
@@ -102,10 +102,20 @@ def main():
     stage("evaluate.py", data_dir=data, run_dir=run, challenge_dir=challenge)
 
     print_scores(Path(challenge), Path(run))
+    new_person(demo, run)
     print(f"\nCheckpoints, logs and loss curves are in {run}, the submission is {demo}/submission/submission.zip.")
     figures = sorted(path.name for path in Path(run).glob("evaluation_finetuned_val/*.png"))
     print(f"The report's figures, for these data, are in {run}/evaluation_finetuned_val: {', '.join(figures)}.")
     print(f"Next: python predict.py --run_dir {run} --images A_PICTURE_OF_YOURS, or the real data (README.md).")
+
+
+def new_person(demo, run):
+    """A ninth person, whom nothing was trained on, with some 100 pictures."""
+    folder, output = demo / "new_person", demo / "subj09"
+    print(f"\nsimulating {folder}: a ninth person, whom the checkpoint does not know", flush=True)
+    simulate(folder, subjects=[9], n_train=N_TRAIN, n_test=N_TEST, seed=SEED)
+    stage("adapt.py", challenge_dir=folder, subject="subj09", run_dir=run, output_dir=output)
+    print(f"The score against the number of pictures is drawn in {output}/curve.png; {output}/adapted.pt knows nine people.")
 
 
 def start_folder(folder):
@@ -339,7 +349,7 @@ def picture_features(picture):
 def choose_pictures(seed, n_train, n_test, shared=shared):
     """{subject: (training ids, test ids)}, each sorted; the same whichever subjects are simulated.
 
-    Everyone sees the shared pictures, in the same split; apart from those nobody's ids meet.
+    Everyone sees the shared pictures, subj09 a quarter of them, in the same split; apart from those nobody's ids meet.
     """
     ids = iter((1 + np.random.default_rng(seed).permutation(73000)).tolist())  # NSD has 73,000
 
@@ -349,9 +359,10 @@ def choose_pictures(seed, n_train, n_test, shared=shared):
     everyone = draw(round(shared * n_train)), draw(round(shared * n_test))
     chosen = {}
     for subject, n in n_training.items():
-        n_own_train = round(n_train * n / n_training[1]) - len(everyone[0])
-        n_own_test = round(n_test * n_held_out[subject] / n_held_out[1]) - len(everyone[1])
-        chosen[subject] = sorted(everyone[0] + draw(n_own_train)), sorted(everyone[1] + draw(n_own_test))
+        common = [ids[:: 4 if subject == 9 else 1] for ids in everyone]
+        n_own_train = round(n_train * n / n_training[1]) - len(common[0])
+        n_own_test = round(n_test * n_held_out[subject] / n_held_out[1]) - len(common[1])
+        chosen[subject] = sorted(common[0] + draw(n_own_train)), sorted(common[1] + draw(n_own_test))
     return chosen
 
 

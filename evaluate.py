@@ -24,10 +24,10 @@ import figures
 import predict
 import prepare_data
 import report
-from checkpoint import check_made, check_scorable
+from checkpoint import check_scorable
 from common import Problem, check_least, choose_device, constants, run_script, versions, write_whole
 from flatmap import FlatMap, save_figure
-from predict import choose_checkpoints, load_encoder
+from predict import choose_checkpoints, load_for
 from results import csv_bytes
 from scores import Bootstrap, headlines, overall, pick, sample_r2, score, summarise
 
@@ -122,13 +122,14 @@ def read_split(data, split, s):
         return data.image[rows], torch.from_numpy(data.read_activity(rows)).float()
     chosen = data.test_subject == s
     rows = data.test_image[chosen]
+    may_score = data.may_score(rows)
     if data.test_activity is not None:
-        return rows, torch.from_numpy(data.test_activity[chosen]).float()
+        return rows[may_score], torch.from_numpy(data.test_activity[chosen][may_score]).float()
     folder = Path(CHALLENGE_DIR) / data.space.subjects[s] / "test_split" / "test_fmri"
     activity = read_sides(folder, "_test_fmri", data.space, s, (len(rows),)) if len(rows) else None
     if activity is None:
         return rows[:0], torch.zeros(0, data.space.n_vertices)
-    return rows, torch.from_numpy(np.nan_to_num(activity))
+    return rows[may_score], torch.from_numpy(np.nan_to_num(activity[may_score]))
 
 
 def checkpoint_predictor(ensemble, data):
@@ -203,7 +204,9 @@ def measure(data, split, predictions, ceilings, example=None, device="cpu"):
 
 def all_pictures(data, split):
     """Rows of data.images that belong to a split, of all subjects."""
-    return data.test_image if split == "challenge" else data.image[data.samples(split)]
+    if split != "challenge":
+        return data.image[data.samples(split)]
+    return data.test_image[data.may_score(data.test_image)]
 
 
 def choose_examples(rows, nsd_ids, activity, prediction, has):
@@ -354,11 +357,11 @@ def main():
         predictions = submission_predictor(SUBMISSION, data)
         what["submission"] = SUBMISSION
     else:
-        ensemble = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, space)
+        remedy = f"point DATA_DIR ({DATA_DIR}) to the data it was trained on"
+        ensemble, data = load_for(data, choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, remedy)
+        space = data.space
         for path, made in ensemble.checkpoints:
             check_scorable(path, made, data, split)
-            remedy = f"point DATA_DIR ({DATA_DIR}) to the data it was trained on"
-            check_made(path, made, remedy, data_fingerprint=data.fingerprint)
         ensemble.describe()
         checkpoints = [(path, encoder, made) for (path, made), encoder in zip(ensemble.checkpoints, ensemble.encoders)]
         paths = [path for path, _, _ in checkpoints]

@@ -51,6 +51,12 @@ def main():
     encoder, _, made = load_checkpoint(path, space=data.space)
     made_from = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
     remedy = f"python train_head.py --data_dir {DATA_DIR} --run_dir {RUN_DIR} --overwrite true trains a new one"
+    if "adapted" in made["made_with"]:
+        added = ", ".join(each["inputs"]["SUBJECT"] for each in made["made_with"]["adapted"])
+        raise Problem(
+            f"{path} has people added by adapt.py ({added}), expected a checkpoint as trained: to train on them too, "
+            "prepare everybody's data together and run fit_pca.py and train_head.py on these"
+        )
     check_made(path, made, remedy, **made_from)
     check_scorable(path, made, data, "val")  # validation chooses the checkpoint
     if not made["finished"] and not ALLOW_UNFINISHED:

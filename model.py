@@ -348,6 +348,16 @@ class Head(nn.Module):
         self.embed_weight = nn.Parameter(components, requires_grad=False)
         self.embed_bias = nn.Parameter(mean, requires_grad=False)
 
+    def replaced(self, subject_weight, subject_bias, embed_weight, embed_bias):
+        """A head with these subjects' maps and this embedding; all else is this one's, not copied."""
+        shapes = [(p.spatial.shape[1], p.channel.shape[1]) for p in self.projections]
+        with torch.device("meta"):
+            head = Head(shapes, self.shared.shape[1], self.shared.shape[0], len(subject_bias), len(embed_bias))
+        head.projections, head.shared, head.bias_count = self.projections, self.shared, self.bias_count
+        head.subject_weight, head.subject_bias = nn.Parameter(subject_weight), nn.Parameter(subject_bias)
+        head.set_embedding(embed_weight, embed_bias)
+        return head.train(self.training)
+
     def forward(self, features, subject=None):
         """features: per layer (n, n_tokens, n_channels); subject (n,) int64 or None for the group
         prediction -> activity latents z (n, pca_dim), float32."""
@@ -434,6 +444,15 @@ class Encoder(nn.Module):
         block = re.compile(r"vit\.blocks\.(\d+)\.")
         state = self.trunk.state_dict()
         return {name: v for name, v in state.items() if not (m := block.match(name)) or int(m[1]) <= last}
+
+    def rearranged(self, subjects, columns):
+        """An encoder of the subjects with these indices, and of the vertices in these columns, -1: one that is
+        predicted as 0. columns: (n_vertices,) int64 array."""
+        head, columns = self.head, torch.from_numpy(columns).to(self.head.embed_bias.device)
+        known = columns >= 0
+        weight, bias = head.embed_weight.detach()[columns] * known[:, None], head.embed_bias.detach()[columns] * known
+        maps = head.subject_weight.detach()[subjects], head.subject_bias.detach()[subjects]
+        return Encoder(self.trunk, head.replaced(*maps, weight, bias), self.layers)
 
     def n_parameters(self):
         """(trainable, total) of the head."""
@@ -645,6 +664,12 @@ class Space:
         order = np.argsort(keys[0])
         place = order[np.searchsorted(keys[0], keys[1], sorter=order).clip(max=self.n_vertices - 1)]
         return np.where(keys[0][place] == keys[1], place, -1)
+
+    def begins_with(self, other):
+        """Whether this is another space, or that with subjects added."""
+        names = self.subjects[: len(other.subjects)]
+        same = self.n_lh == other.n_lh and torch.equal(self.vertices, other.vertices)
+        return same and names == other.subjects and torch.equal(self.mask[: len(names)], other.mask)
 
     def roi_labels(self, group, subject=None):
         """Labels (n_vertices,) of a subject; the group's are those that most subjects give a vertex."""

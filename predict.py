@@ -199,6 +199,49 @@ def load_encoder(checkpoint, device="auto", precision="auto", space=None):
     return Ensemble(list(encoders), spaces[0], list(zip(paths, made)), choose_precision(precision, device))
 
 
+def load_for(data, paths, device, precision, remedy):
+    """-> (Ensemble, data) that fit together; refused where a checkpoint was trained on other data.
+
+    But for people added by adapt.py: such a checkpoint predicts for any prepared data whose subjects it knows, as
+    the new person's own. Its subjects and vertices are put in the order of the data; vertices that it does not know
+    are left out, and so are, of what is scored, the pictures that it was trained on.
+    """
+    ensemble = load_encoder(paths, device, precision, data.space)
+    is_own = True
+    for path, made in ensemble.checkpoints:
+        if "adapted" in made["made_with"]:
+            now = made["made_with"].get("data_fingerprint", data.fingerprint)
+            is_own &= now == data.fingerprint and ensemble.space.begins_with(data.space)
+        else:
+            check_made(path, made, remedy, data_fingerprint=data.fingerprint)
+    return (ensemble, data) if is_own else fit_to_data(ensemble, data)
+
+
+def fit_to_data(ensemble, data):
+    path, space = ensemble.checkpoints[0][0], ensemble.space
+    unknown = [name for name in data.space.subjects if name not in space.subjects]
+    if unknown or data.space.unit != space.unit:
+        raise Problem(
+            f"{path} does not know {', '.join(unknown) or data.space.unit}, only {', '.join(space.subjects)} "
+            f"({space.unit}): python adapt.py adds a person, or point DATA_DIR to data of these"
+        )
+    columns = space.find(data.space)
+    subjects = [space.subjects.index(name) for name in data.space.subjects]
+    mask = data.space.mask & torch.from_numpy(columns >= 0)
+    if (columns < 0).any():
+        print(f"{(columns < 0).sum()} of {len(columns)} vertices are none of {path}: predicted as 0, not scored")
+    known = [made.get("trained_nsd_ids") for _, made in ensemble.checkpoints]
+    trained = np.unique(np.concatenate([ids.numpy() for ids in known if ids is not None] or [np.array([], np.int64)]))
+    fitted = dataclasses.replace(data, space=dataclasses.replace(data.space, mask=mask), trained_nsd_ids=trained)
+    if any(ids is None for ids in known):
+        print(f"{path} does not say which pictures it was trained on: those among the scored ones cannot be left out")
+    n_out = sum(len(data.samples(split)) - len(fitted.samples(split)) for split in ("val", "test"))
+    if n_out:
+        print(f"{n_out} validation and private test samples show pictures that {path} was trained on: not scored")
+    encoders = [encoder.rearranged(subjects, columns) for encoder in ensemble.encoders]
+    return Ensemble(encoders, fitted.space, ensemble.checkpoints, ensemble.precision), fitted
+
+
 def find_space():
     return prepare_data.find_space(DATA_DIR, CHALLENGE_DIR)
 
@@ -233,10 +276,8 @@ def choose_subjects(names, space):
 
 def predict_challenge(paths):
     data = prepare_data.load(DATA_DIR)
-    ensemble = load_encoder(paths, DEVICE, PRECISION, data.space)
     remedy = f"point DATA_DIR ({DATA_DIR}) to the data it was trained on, or train anew"
-    for path, made in ensemble.checkpoints:
-        check_made(path, made, remedy, data_fingerprint=data.fingerprint)
+    ensemble, data = load_for(data, paths, DEVICE, PRECISION, remedy)
     ensemble.describe()
     inputs = {"kind": "submission", "data": data.fingerprint}
     with opened(SUBMISSION_DIR, "SUBMISSION_DIR", inputs, ensemble, data.space.subjects) as results:

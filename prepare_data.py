@@ -589,11 +589,18 @@ class Prepared:
     n_training_images: int  # the first rows of images; the rest occurs in tests only
     fingerprint: str
     test_activity: np.ndarray | None = None  # (n_test_samples, n_vertices), mapped; of NSD-Flat only
+    trained_nsd_ids: np.ndarray | tuple = ()  # pictures of other data that the checkpoint was trained on: not scored
 
     def samples(self, split, subject=None):
         """Row numbers of a split, in order; of one subject (an index) or of all."""
         chosen = self.split == split_names.index(split)
+        if split != "train":
+            chosen &= self.may_score(self.image)
         return np.flatnonzero(chosen if subject is None else chosen & (self.subject == subject))
+
+    def may_score(self, image):
+        """Which pictures (rows of images) the checkpoint was not trained on with other data."""
+        return ~np.isin(self.nsd_id[image], self.trained_nsd_ids)
 
     # read, not mapped: mapped pages would count as memory in use beside what is made of them
 
