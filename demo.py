@@ -102,11 +102,22 @@ def main():
     stage("evaluate.py", data_dir=data, run_dir=run, challenge_dir=challenge)
 
     print_scores(Path(challenge), Path(run))
+    own_picture(demo, run)
     new_person(demo, run)
     print(f"\nCheckpoints, logs and loss curves are in {run}, the submission is {demo}/submission/submission.zip.")
     figures = sorted(path.name for path in Path(run).glob("evaluation_finetuned_val/*.png"))
     print(f"The report's figures, for these data, are in {run}/evaluation_finetuned_val: {', '.join(figures)}.")
     print(f"Next: python predict.py --run_dir {run} --images A_PICTURE_OF_YOURS, or the real data (README.md).")
+
+
+def own_picture(demo, run):
+    """A photograph that nobody has seen as a whole."""
+    from sklearn.datasets import load_sample_images
+
+    Image.fromarray(load_sample_images().images[0]).save(demo / "photo.jpg")
+    predictions = demo / "predictions"
+    stage("predict.py", run_dir=run, images=demo / "photo.jpg", subject="subj01,group", output_dir=predictions)
+    print(f"The picture and its predicted activity are drawn in {predictions}/subj01/photo.png.")
 
 
 def new_person(demo, run):
