@@ -97,7 +97,8 @@ def load_checkpoint(path, device="cpu", space=None):
     except RuntimeError as error:
         raise Problem(f"{path} does not fit {trunk.settings['name']}: {' '.join(str(error).split())[:300]}")
     if stored and "published" in checkpoint["made_with"] and missing & dict(trunk.named_parameters()).keys():
-        raise Problem(f"{path} holds a trunk without {', '.join(sorted(missing)[:3])} …, expected a whole {trunk.settings['name']}")
+        lacking = ", ".join(sorted(missing)[:3])
+        raise Problem(f"{path} holds a trunk without {lacking} …, expected a whole {trunk.settings['name']}")
     trunk.stored |= set(stored)
     head.bias_count = checkpoint.get("bias_count", 1)
     return Encoder(trunk, head).to(device, torch.float32).eval(), space, checkpoint
@@ -112,7 +113,8 @@ def convert_published(content, space, path):
     theirs, trunk = content["encoder"], content["trunk"] or {}
     needed = {"shared_proj.weight", "subj_proj.fc.weight", "subj_proj.fc.bias", "embed.weight", "embed.bias"}
     if needed - set(theirs):
-        raise Problem(f"{path} lacks {', '.join(sorted(needed - set(theirs)))}, expected a phase 1 or 2 file of the authors")
+        lacking = ", ".join(sorted(needed - set(theirs)))
+        raise Problem(f"{path} lacks {lacking}, expected a phase 1 or 2 file of the authors")
     n_vertices, pca_dim = theirs["embed.weight"].shape
     if space is None or space.n_vertices != n_vertices:
         found = "no vertex space" if space is None else f"{space.n_vertices} vertices"

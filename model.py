@@ -185,7 +185,8 @@ def no_weights(name, local, reason):
     if known.hf_hub_id:
         source = f"{known.hf_hub_filename or 'model.safetensors'} of huggingface.co/{known.hf_hub_id}"
     if local:
-        return f"{local[0]} cannot be read as weights of trunk {name} ({reason}); expected {source or 'these'}; {random}"
+        expected = f"expected {source or 'these'}; {random}"
+        return f"{local[0]} cannot be read as weights of trunk {name} ({reason}), {expected}"
     if not source:
         return f"timm knows no pretrained weights for trunk {name}: take another; {random}"
     place = weights_dir / f"{name}{'.safetensors' if 'safetensors' in source else '.pth'}"
