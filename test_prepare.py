@@ -704,15 +704,28 @@ def test_pca_of_other_constants_is_refused(data, capsys):
     assert fit_pca.load(data, prepare_data.load(data)).components.shape[1] == 9
 
 
+def in_memory(y):
+    """What fit_pca.py reads of prepared data, for activity y (n, n_vertices)."""
+    space = SimpleNamespace(n_vertices=y.shape[1])
+    data = SimpleNamespace(space=space, activity=y, read_activity=lambda rows: y[rows])
+    return fit_pca.Activity(data, np.arange(len(y)), torch.device("cpu"))
+
+
+def test_nothing_is_left_outside_of_a_whole_basis():
+    rng = np.random.default_rng(0)
+    y, basis = rng.standard_normal((200, 40)).astype(np.float32), np.linalg.qr(rng.standard_normal((40, 40)))[0]
+    latents, residual = fit_pca.project(in_memory(y), torch.from_numpy(basis).float())
+    np.testing.assert_allclose(latents, y @ basis, atol=1e-5)
+    assert residual.min() >= 0 and residual.max() < 1e-4  # rounding, on either side of 0
+
+
 def test_default_passes_on_a_slowly_falling_spectrum():
     """The exact components' variance that ours lack: less than scikit-learn's solver loses with as many products."""
     n, n_vertices, n_components = 1200, 800, 100
     rng = np.random.default_rng(0)
     left, right = (np.linalg.qr(rng.standard_normal(shape))[0] for shape in ((n, n_vertices), (n_vertices, n_vertices)))
     y = (100 * left * np.arange(1, n_vertices + 1) ** -0.5 @ right.T).astype(np.float32)
-    data = SimpleNamespace(space=SimpleNamespace(n_vertices=n_vertices), activity=y, read_activity=lambda rows: y[rows])
-    activity = fit_pca.Activity(data, np.arange(n), torch.device("cpu"))
-    components, total = fit_pca.fit(activity, n_components, fit_pca.PASSES, 0)
+    components, total = fit_pca.fit(in_memory(y), n_components, fit_pca.PASSES, 0)
     exact = PCA(n_components, svd_solver="full").fit(y.astype(float))
     other = PCA(n_components, svd_solver="randomized", iterated_power=fit_pca.PASSES - 1, random_state=0).fit(y)
     best = exact.explained_variance_.sum()
