@@ -23,9 +23,11 @@ from PIL import Image
 from sklearn.metrics import r2_score
 
 import demo
+import evaluate
 import finetune
 import fit_pca
 import prepare_data
+import scores
 import train_head
 import training
 
@@ -234,3 +236,30 @@ def submission(phase_2, fitted):
     assert process.returncode == 0, process.stderr
     assert f"predicting with {run_dir / 'finetuned.pt'}" in process.stdout
     return folder
+
+
+@pytest.fixture(scope="session")
+def evaluation(phase_2, challenge, fitted):
+    """evaluate.py on the organisers' held-out pictures: its folder, and what was drawn into every figure:
+    {file name: [(title, list of arrays shown)] of its panels, with the texts on it}."""
+    folder, drawn = fitted.parent / "evaluation", {}
+    folders = dict(DATA_DIR=str(fitted), RUN_DIR=str(fitted.parent / "run"), CHALLENGE_DIR=str(challenge), DEVICE="cpu")
+    save_figure = evaluate.save_figure
+
+    def spy(figure, path):
+        save_figure(figure, path)
+        panels = [
+            SimpleNamespace(
+                title=axes.get_title(), shown=[np.ma.filled(image.get_array(), np.nan) for image in axes.images],
+                lines=[line.get_xydata() for line in axes.lines], texts=[text.get_text() for text in axes.texts],
+            )
+            for axes in figure.axes
+        ]  # fmt: skip
+        drawn[path.name] = SimpleNamespace(panels=panels, note=figure.get_supxlabel())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "save_figure", spy)
+        patch.setattr(scores, "fewest_pictures", 5)
+        run(evaluate, **folders, SPLIT="challenge", OUTPUT_DIR=str(folder), PRECISION="float32", RESAMPLES=50,
+            EXAMPLE_SUBJECT="subj02", OUTLINES="streams")  # fmt: skip
+    return SimpleNamespace(folder=folder, figures=drawn)

@@ -203,7 +203,8 @@ def figure_4b(samples, images, subject, flat_map, roi_group):
         picture.imshow(images[row])
         picture.set_title(title, fontsize=13)
         for panel, (title, values) in zip(panels, maps):
-            shown.append(flat_map.draw(panel, values, (-activity_range, activity_range), "RdBu_r", outlines))
+            limits = -activity_range, activity_range
+            shown.append(flat_map.draw(panel, values, limits, "RdBu_r", outlines, named=not shown))
             panel.set_title(title, fontsize=13)
     describe_maps(figure, shown, axes, "activity (z)", outlines)
     name, unit = flat_map.space.subjects[subject], flat_map.space.unit

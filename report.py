@@ -5,10 +5,12 @@ view_surf on fsaverage5, embedded once; choosing a subject repaints it), a sorta
 """
 
 import base64
+import io
 import json
 from html import escape
 
 import numpy as np
+from PIL import Image
 
 from common import versions, write_whole
 from figures import r2_maps
@@ -30,6 +32,7 @@ captions = {
     "figure_4c": "Median R² of every ROI (report: figure 4c).",
 }
 n_fsaverage5 = 10242  # vertices of a hemisphere: the first of fsaverage
+widest = 1600  # px of a figure in the page
 hemisphere_gap = 60  # mm that either inflated hemisphere is moved aside, as both lie around the origin
 
 
@@ -215,10 +218,18 @@ def picture_parts(pictures, unit):
     for name, path in pictures.items():
         caption = next((text for start, text in captions.items() if name.startswith(start)), "")
         caption = escape(caption.format(unit={"vertices": "vertex", "pixels": "pixel"}[unit]))
-        data = base64.b64encode(path.read_bytes()).decode()
-        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+        image = f'<img alt="{caption}" src="data:image/png;base64,{base64.b64encode(shrunk(path)).decode()}">'
         parts.append(f'<figure id="{escape(name)}">{image}<figcaption>{caption}</figcaption></figure>')
     return "".join(parts)
+
+
+def shrunk(path):
+    """A PNG of the figure, no wider than the page shows: the files beside the page have all pixels."""
+    with Image.open(path) as picture:
+        small, content = picture.convert("RGB"), io.BytesIO()
+        small.thumbnail((widest, 10 * widest))
+        small.save(content, "PNG", optimize=True)
+    return content.getvalue()
 
 
 def facts(what):
