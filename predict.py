@@ -37,7 +37,9 @@ from PIL import Image
 
 import prepare_data
 import train_head
-from checkpoint import check_made, check_scorable, load_checkpoint, read_checkpoint, trunk_fingerprint
+from checkpoint import (
+    check_made, check_scorable, load_checkpoint, read_checkpoint, trained_pictures, trunk_fingerprint,
+)  # fmt: skip
 from common import (
     Problem, check_least, choose_device, choose_precision, constants, fingerprint, progress, run_script, write_whole,
 )  # fmt: skip
@@ -224,10 +226,10 @@ def fit_to_data(ensemble, data):
     mask = data.space.mask & torch.from_numpy(columns >= 0)
     if (columns < 0).any():
         print(f"{(columns < 0).sum()} of {len(columns)} vertices are none of {path}: predicted as 0, not scored")
-    known = [made.get("trained_nsd_ids") for _, made in ensemble.checkpoints]
-    trained = np.unique(np.concatenate([ids.numpy() for ids in known if ids is not None] or [np.array([], np.int64)]))
+    known = [trained_pictures(made) for _, made in ensemble.checkpoints]
+    trained = np.unique(np.concatenate([ids for ids, _ in known]))
     fitted = dataclasses.replace(data, space=dataclasses.replace(data.space, mask=mask), trained_nsd_ids=trained)
-    if any(ids is None for ids in known):
+    if not all(is_all for _, is_all in known):
         print(f"{path} does not say which pictures it was trained on: those among the scored ones cannot be left out")
     n_out = sum(len(data.samples(split)) - len(fitted.samples(split)) for split in ("val", "test"))
     if n_out:
