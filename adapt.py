@@ -27,7 +27,7 @@ import evaluate
 import predict
 import prepare_data
 import ridge
-from checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, read_checkpoint, save_checkpoint, trained_pictures
 from common import (
     Problem, check_disk, check_least, choose_device, choose_precision, constants, differences, fingerprint,
     is_subject_name, progress, run_script, sole_writer, write_whole,
@@ -58,7 +58,7 @@ sizes = [0] + [n * 10**k for k in range(1, 6) for n in (1, 3)]  # of the curve: 
 # (benchmark.py --parts adapt)
 penalties = [10 ** (k / 2) for k in range(-4, 13)] + [float("inf")]  # a, in mean |h - mean h|²; inf: B = 0, b alone
 colours = {"group": "0.5", "adapted": "#0072B2", "ridge": "#D55E00"}  # of the curve's methods (Okabe and Ito)
-titles = {"group": "the group's prediction", "adapted": "adapted", "ridge": "ridge regression from the trunk's features"}
+titles = {"group": "the group's prediction", "adapted": "adapted", "ridge": "ridge on the trunk's features"}
 
 
 # ---- the closed form ----------------------------------------------------------------------------
@@ -177,27 +177,23 @@ def check_checkpoint(path, space):
 
 
 def match(files, space, trained, path):
-    """The person's part of the checkpoint's space, and what is held out -> Person. trained: nsd ids of the pictures
-    that the checkpoint was trained on, None where it does not know them."""
+    """The person's part of the checkpoint's space, and what is held out -> Person. trained: nsd ids of the
+    pictures that the checkpoint was trained on."""
     own = prepare_data.build_space([files])
     columns = space.find(own)
     n_known, n_unknown = (columns >= 0).sum(), (columns < 0).sum()
     if not n_known:
-        raise Problem(f"none of {SUBJECT}'s {len(columns)} vertices is one of {path}, expected vertices of visual cortex")
+        raise Problem(f"none of {SUBJECT}'s {len(columns)} vertices is one of {path}, expected visual cortex's")
     if n_unknown:
         print(f"{SUBJECT}: {n_unknown} of {len(columns)} vertices are none of {path}: left out, predicted as 0")
     train = hold_out(files.nsd_ids) if HOLD_OUT else np.ones(len(files.pictures), bool)
-    scored = ~train
-    if trained is None and scored.any():
-        print(f"{path} does not say which pictures it was trained on: held-out ones among them cannot be left out")
-    elif scored.any():
-        scored &= ~np.isin(files.nsd_ids, trained)
-        n_held, n_seen = (~train).sum(), (~train & ~scored).sum()
-        if n_seen:
-            print(
-                f"{n_seen} of {n_held} held-out pictures are some that {path} was trained on with other people, by their "
-                "nsd ids: left out of the scores"
-            )
+    scored = ~train & ~np.isin(files.nsd_ids, trained)
+    n_held, n_seen = (~train).sum(), (~train & ~scored).sum()
+    if n_seen:
+        print(
+            f"{n_seen} of {n_held} held-out pictures are some that {path} was trained on with other people, by their "
+            "nsd ids: left out of the scores"
+        )
     ceiling = evaluate.read_ceiling(find_folder(), own, 0)
     ceiling = np.full(n_known, np.nan) if ceiling is None else ceiling[0][columns >= 0]
     return Person(files, own, columns, train, scored, ceiling)
@@ -290,7 +286,7 @@ def summarise_curve(curve, column):
             if row[1] == method:
                 points.setdefault(row[0], []).append(row[column])
         values = list(points.values())
-        found[method] = tuple(np.array(v) for v in (list(points), *([f(v) for v in values] for f in (np.mean, min, max))))
+        found[method] = [np.array(list(points))] + [np.array([f(v) for v in values]) for f in (np.mean, min, max)]
     return found
 
 
@@ -336,6 +332,15 @@ def plot_curve(curve, n_scored):
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     figure.suptitle(f"{SUBJECT}: score on {n_scored} held-out pictures (bands: lowest and highest draw)", fontsize=10)
     return figure
+
+
+def write_curve(output, curve, n_scored):
+    rows = [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in curve]
+    names = ("n_pictures", "method", "median_r2", "mean_r", "challenge", "draw")
+    with write_whole(output / "curve.csv") as file:
+        file.write(csv_bytes([names, *([("" if v == "nan" else v) for v in row] for row in rows)]))
+    save_figure(plot_curve(curve, n_scored), output / "curve.png")
+    print(f"wrote {output / 'curve.csv'}, {output / 'curve.png'}")
 
 
 # ---- the checkpoint with the person -------------------------------------------------------------
@@ -419,18 +424,20 @@ def main():
 
 def adapt(path, files, stamps, output, device, precision):
     start = time.perf_counter()
-    encoder, space, made = load_checkpoint(path, device, lambda: prepare_data.find_space(DATA_DIR, ""))
+    encoder, space, made = load_checkpoint(path, device, lambda: prepare_data.find_space(DATA_DIR, prepare_data.CHALLENGE_DIR))
     check_checkpoint(path, space)
     rois = {group: fingerprint(names, *labels.values()) for group, (names, labels) in files.rois.items()}
     inputs = {
-        "SUBJECT": SUBJECT, "SEED": SEED, "HOLD_OUT": HOLD_OUT, "precision": str(precision)[6:],
-        "checkpoint": made["fingerprint"], "pictures": files.picture_stamp, "masks": fingerprint(*files.vertices.values(), rois),
-        "activity": fingerprint(list(stamps.values())),
+        "SUBJECT": SUBJECT, "SEED": SEED, "HOLD_OUT": HOLD_OUT, "N_DRAWS": N_DRAWS, "checkpoint": made["fingerprint"],
+        "precision": str(precision)[6:], "pictures": files.picture_stamp, "activity": fingerprint(list(stamps.values())),
+        "masks and ROIs": fingerprint(*files.vertices.values(), rois),
     }  # fmt: skip
     if is_adapted(output / "adapted.pt", inputs):
         return
     predict.describe_checkpoint(path, made)
-    trained = made["trained_nsd_ids"].numpy() if made.get("trained_nsd_ids") is not None else None
+    trained, is_all = trained_pictures(made)
+    if not is_all:
+        print(f"{path} does not say which pictures it was trained on: held-out ones among them cannot be left out")
     person = match(files, space, trained, path)
     n_train, n_scored = int(person.train.sum()), int(person.scored.sum())
     check_disk(output, 2 * sum(p.numel() * p.element_size() for p in encoder.parameters()))
@@ -445,31 +452,23 @@ def adapt(path, files, stamps, output, device, precision):
         f"{SUBJECT}: fitted to {n_train} pictures, {int(person.known().sum())} vertices; penalty {penalty:g} by "
         f"leave-one-out; pictures through the trunk {fitting - start:.0f} s, closed form {fitted - fitting:.1f} s"
     )
-    scores, curve = dict(made["scores"]), None
+    scores = dict(made["scores"])
     if n_scored > 1:
         curve = measure_curve(solver, person, features)
         scores[f"heldout_r2_{SUBJECT}"] = next(row[2] for row in curve if row[:2] == (n_train, "adapted"))
         print_curve(curve, n_scored)
+        write_curve(output, curve, n_scored)
     elif HOLD_OUT:
         print(f"{n_scored} held-out pictures to score, expected 2 at least: no curve")
-
     encoder, space = add_person(encoder, space, person, weight, bias)
-    about = {"inputs": inputs, "constants": constants(globals()), "n_pictures": n_train, "penalty": f"{penalty:g}"}
-    if curve:
-        rows = [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in curve]
-        names = ("n_pictures", "method", "median_r2", "mean_r", "challenge", "draw")
-        with write_whole(output / "curve.csv") as file:
-            file.write(csv_bytes([names, *([("" if v == "nan" else v) for v in row] for row in rows)]))
-        save_figure(plot_curve(curve, n_scored), output / "curve.png")
-        print(f"wrote {output / 'curve.csv'}, {output / 'curve.png'}")
     if h_test is not None:
         write_test_predictions(output / "submission", encoder, person, len(space.subjects) - 1, h_test)
-    if trained is not None:
-        trained = np.union1d(trained, files.nsd_ids[person.train])
-    made_with = made["made_with"] | {"adapted": [*made["made_with"].get("adapted", []), about]}
+    about = {"inputs": inputs, "n_pictures": n_train, "penalty": f"{penalty:g}", "knows_trained": is_all}
+    about["constants"] = constants(globals())
+    made_with = made["made_with"] | {"adapted": [*made["made_with"].get("adapted", ()), about]}
     save_checkpoint(
         output / "adapted.pt", encoder, space=space, made_with=made_with, scores=scores, step=made["step"],
-        finished=made["finished"], trained_nsd_ids=trained,
+        finished=made["finished"], trained_nsd_ids=np.union1d(trained, files.nsd_ids[person.train]),
     )  # fmt: skip
     print(f"wrote {output / 'adapted.pt'}: {', '.join(space.subjects)}")
 

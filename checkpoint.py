@@ -162,6 +162,14 @@ def check_made(path, checkpoint, mend, **expected):
             raise Problem(f"{path} was made with {name} {made}, found is {now}; {mend}")
 
 
+def trained_pictures(checkpoint):
+    """-> nsd ids (n,) of the pictures that it was trained on or that people were added from, and whether these are
+    all: the authors' files, and checkpoints of earlier versions, know none."""
+    ids, added = checkpoint.get("trained_nsd_ids"), checkpoint["made_with"].get("adapted", ())
+    is_all = ids is not None and all(each["knows_trained"] for each in added)
+    return np.array([], np.int64) if ids is None else ids.numpy(), is_all
+
+
 def check_scorable(path, checkpoint, data, split):
     """Refuse to score the authors' published weights on splits that are not theirs: 85 % of these validation and
     private test samples were in their training. The challenge's own test pictures were in nobody's."""

@@ -126,7 +126,7 @@ def new_person(demo, run):
     print(f"\nsimulating {folder}: a ninth person, whom the checkpoint does not know", flush=True)
     simulate(folder, subjects=[9], n_train=N_TRAIN, n_test=N_TEST, seed=SEED)
     stage("adapt.py", challenge_dir=folder, subject="subj09", run_dir=run, output_dir=output)
-    print(f"The score against the number of pictures is drawn in {output}/curve.png; {output}/adapted.pt knows nine people.")
+    print(f"{output}/curve.png draws score against number of pictures; {output}/adapted.pt knows nine people.")
 
 
 def start_folder(folder):

@@ -178,7 +178,7 @@ def measure(data, split, predictions, ceilings, example=None, device="cpu"):
         if not len(rows):
             print(f"{subject}: no pictures or no activity in {split}, not scored")
             continue
-        has, predicted = space.mask[s].numpy(), predictions(s, rows)
+        has, predicted = space.mask[s].numpy() & data.is_known, predictions(s, rows)
         for name, prediction in predicted.items():
             for metric, values in score(activity, prediction, has, ceilings[s]).items():
                 empty = np.full(space.mask.shape, np.nan)

@@ -37,7 +37,9 @@ from PIL import Image
 
 import prepare_data
 import train_head
-from checkpoint import check_made, check_scorable, load_checkpoint, read_checkpoint, trunk_fingerprint
+from checkpoint import (
+    check_made, check_scorable, load_checkpoint, read_checkpoint, trained_pictures, trunk_fingerprint,
+)  # fmt: skip
 from common import (
     Problem, check_least, choose_device, choose_precision, constants, fingerprint, progress, run_script, write_whole,
 )  # fmt: skip
@@ -227,19 +229,18 @@ def fit_to_data(ensemble, data):
         )
     columns = space.find(data.space)
     subjects = [space.subjects.index(name) for name in data.space.subjects]
-    mask = data.space.mask & torch.from_numpy(columns >= 0)
     if (columns < 0).any():
         print(f"{(columns < 0).sum()} of {len(columns)} vertices are none of {path}: predicted as 0, not scored")
-    known = [made.get("trained_nsd_ids") for _, made in ensemble.checkpoints]
-    trained = np.unique(np.concatenate([ids.numpy() for ids in known if ids is not None] or [np.array([], np.int64)]))
-    fitted = dataclasses.replace(data, space=dataclasses.replace(data.space, mask=mask), trained_nsd_ids=trained)
-    if any(ids is None for ids in known):
+    known = [trained_pictures(made) for _, made in ensemble.checkpoints]
+    trained = np.unique(np.concatenate([ids for ids, _ in known]))
+    fitted = dataclasses.replace(data, trained_nsd_ids=trained, is_known=columns >= 0)
+    if not all(is_all for _, is_all in known):
         print(f"{path} does not say which pictures it was trained on: those among the scored ones cannot be left out")
     n_out = sum(len(data.samples(split)) - len(fitted.samples(split)) for split in ("val", "test"))
     if n_out:
         print(f"{n_out} validation and private test samples show pictures that {path} was trained on: not scored")
     encoders = [encoder.rearranged(subjects, columns) for encoder in ensemble.encoders]
-    return Ensemble(encoders, fitted.space, ensemble.checkpoints, ensemble.precision), fitted
+    return Ensemble(encoders, data.space, ensemble.checkpoints, ensemble.precision), fitted
 
 
 def find_space():
@@ -344,8 +345,8 @@ def score_private_test(ensemble, data):
         if len(rows):
             [prediction] = ensemble.predict(data.images[data.image[rows]], [s], batch_size=BATCH_SIZE)
             activity = torch.from_numpy(data.read_activity(rows)).float()
-            r2 = r2_score(activity, prediction)[data.space.mask[s]]
-            scored[s] = (activity - prediction).square().mean().item(), r2
+            loss, has = (activity - prediction).square().mean().item(), data.space.mask[s].numpy() & data.is_known
+            scored[s] = loss, r2_score(activity, prediction)[torch.from_numpy(has)]
     return validation.summary(scored, "test")
 
 

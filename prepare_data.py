@@ -589,7 +589,9 @@ class Prepared:
     n_training_images: int  # the first rows of images; the rest occurs in tests only
     fingerprint: str
     test_activity: np.ndarray | None = None  # (n_test_samples, n_vertices), mapped; of NSD-Flat only
-    trained_nsd_ids: np.ndarray | tuple = ()  # pictures of other data that the checkpoint was trained on: not scored
+    # of a checkpoint of other data, see predict.load_for; both are left out of scores
+    trained_nsd_ids: np.ndarray | tuple = ()  # pictures that it was trained on
+    is_known: np.ndarray | bool = True  # (n_vertices,) which vertices it has
 
     def samples(self, split, subject=None):
         """Row numbers of a split, in order; of one subject (an index) or of all."""
