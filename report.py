@@ -307,7 +307,12 @@ if (ofMap) {
   };
   const whenReady = () => {
     const plot = cortex.contentDocument && cortex.contentDocument.getElementById("surface-plot");
-    if (plot && plot.data && plot.data.length > 1) paint(); else setTimeout(whenReady, 50);
+    if (!plot || !plot.data || plot.data.length < 2) return setTimeout(whenReady, 50);
+    paint();
+    const inside = cortex.contentWindow;  // its own handler fails on a window that has no size for a moment
+    inside.$(inside).off("resize").on("resize", () => {
+      if (inside.innerWidth && inside.innerHeight) inside.surfaceRelayout();
+    });
   };
   whenReady();
   ofMap.addEventListener("change", paint);

@@ -205,7 +205,7 @@ def test_numbers_of_the_report(evaluation, parsed):
     assert rest[2] == ["noise ceiling of R²", show(np.median(known)), show(np.mean(known)), "–", "–"] and len(rest) == 3
     number = cell(found["subject"]["all"], "r2", "median")
     text = "".join(parsed.text)
-    assert f"The number to report: median R² {number}, challenge score" in text and "5 pictures a subject" in text
+    assert f"The number to report: median R² {number}, challenge score" in text and "5 to 12 pictures a subject" in text
     assert "Validation chose the checkpoint" not in text  # these pictures did not
     for part in (content["scored"]["data_fingerprint"], content["versions"]["torch"], "RESAMPLES", "WEIGHT_DECAY"):
         assert part in text
