@@ -7,8 +7,7 @@ With activity y, prediction ŷ of a vertex over the n_images of a subject and it
     challenge = min(max(r, 0)² / c, 1), c = 0 counting as 1e-14; its mean is the challenge score
 
 Vertices that a subject lacks are never scored; a single picture gives no score. How much a number depends on
-the pictures that happened to be scored, Bootstrap and interval() say. Moments and
-welch() compare two means.
+the pictures that happened to be scored, Bootstrap and interval() say. Moments and welch() compare two means.
 """
 
 from itertools import product
