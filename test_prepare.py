@@ -361,7 +361,7 @@ def test_one_writer_at_a_time(original, data, capsys):
         before = contents(data)
         refusal = f"{data} is being written to by prepare_data.py, process {process.pid} on .*: wait until it ends"
         with pytest.raises(Problem, match=refusal):
-            run(prepare_data, **stage)
+            run(prepare_data, **stage | dict(CHALLENGE_DIR="before anything is read"))
         (data / "elsewhere").rename(data / "prepared.pt")
         with pytest.raises(Problem, match=refusal):
             run(prepare_data, **stage, OVERWRITE=True)
@@ -439,6 +439,17 @@ def test_nsd_ids_are_those_of_the_files(original, prepared):
             paths = sorted((original / name / f"{part}_split/{part}_images").iterdir())
             assert data.nsd_id[image].tolist() == [int(path.stem[-5:]) for path in paths]
     assert (np.diff(data.nsd_id[: data.n_training_images]) > 0).all()
+
+
+def test_one_persons_test_picture_may_be_anothers_training_picture(challenge, tmp_path):
+    """It is kept once."""
+    path = sorted((challenge / pictures_of.format("subj01")).iterdir())[30]
+    test = challenge / "subj06/test_split/test_images"
+    shutil.copy(path, test / f"test-0999_nsd-{path.stem[-5:]}.png")
+    run(prepare_data, CHALLENGE_DIR=str(challenge), DATA_DIR=str(tmp_path / "data"))
+    data = prepare_data.load(tmp_path / "data")
+    assert len(np.unique(data.nsd_id)) == len(data.nsd_id) == len(data.images)
+    assert data.test_image[-1] == data.image[30] < data.n_training_images
 
 
 def test_a_finished_run_says_so(challenge, tmp_path, capsys):
@@ -734,6 +745,7 @@ def test_default_passes_on_a_slowly_falling_spectrum():
         for basis in (components.double().numpy(), other.components_.T.astype(float))
     )
     assert 0 < lost < theirs < 0.004  # a pass less loses 0.005
+    assert (components.amax(0) >= -components.amin(0)).all()  # the sign is settled: refitted, it is the same
     assert total == pytest.approx(exact.explained_variance_.sum() / exact.explained_variance_ratio_.sum(), rel=1e-5)
 
 
