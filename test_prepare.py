@@ -452,6 +452,60 @@ def test_one_persons_test_picture_may_be_anothers_training_picture(challenge, tm
     assert data.test_image[-1] == data.image[30] < data.n_training_images
 
 
+def test_two_pictures_under_one_nsd_id_are_refused(challenge, tmp_path):
+    """Another file of the same picture is not another picture."""
+    folders = [challenge / pictures_of.format(name) for name in ("subj01", "subj06")]
+    ids = [{path.stem[-5:]: path for path in folder.iterdir()} for folder in folders]
+    shared = sorted(ids[0].keys() & ids[1].keys())
+    path = ids[1][shared[0]]
+    before = path.read_bytes()
+    Image.open(path).save(path, compress_level=9)
+    assert path.read_bytes() != before
+    stage = dict(CHALLENGE_DIR=str(challenge), DATA_DIR=str(tmp_path / "data"))
+    run(prepare_data, **stage)
+    Image.open(path).rotate(180).save(path)
+    with pytest.raises(Problem, match=f"{path} and {ids[0][shared[0]]} show different pictures under one nsd id"):
+        run(prepare_data, **stage, OVERWRITE=True)
+
+
+def test_labels_without_a_name_are_no_region(challenge, tmp_path, capsys):
+    path = challenge / "subj06/roi_masks/rh.streams_challenge_space.npy"
+    labels = np.load(path)
+    labels[[2, 5]] = 77
+    np.save(path, labels)
+    run(prepare_data, CHALLENGE_DIR=str(challenge), DATA_DIR=str(tmp_path / "data"))
+    assert f"{path}: 2 labels have no name in mapping_streams.npy, taken as Unknown" in capsys.readouterr().out
+    space = prepare_data.load(tmp_path / "data").space
+    expected = np.where(labels == 77, 0, labels)
+    assert np.array_equal(space.rois["streams"]["labels"][1][space.hemisphere(1, "rh")], expected)
+
+
+def test_interrupted_between_two_files(challenge, tmp_path, monkeypatch):
+    """Old description and new arrays never go together; the same command, without overwriting, makes it whole."""
+    stage = dict(CHALLENGE_DIR=str(challenge), DATA_DIR=str(tmp_path / "data"))
+    run(prepare_data, **stage)
+    replace_value(challenge)
+    replace, replaced = os.replace, []
+
+    def interrupted(aside, path):
+        if replaced:
+            raise KeyboardInterrupt
+        replaced.append(path)
+        replace(aside, path)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(prepare_data, **stage, OVERWRITE=True)
+    monkeypatch.undo()
+    with pytest.raises(Problem, match="not completely. prepared"):
+        prepare_data.load(tmp_path / "data")
+    run(prepare_data, **stage)
+    data = prepare_data.load(tmp_path / "data")
+    rows = np.flatnonzero(data.subject == 1)
+    found = data.read_activity(rows)[:, data.space.mask[1]]
+    assert np.array_equal(found, activity_of(challenge, "subj06").astype(np.float16))
+
+
 def test_a_finished_run_says_so(challenge, tmp_path, capsys):
     """Without the folder's dates, and without the folder; other inputs are named."""
     stage = dict(CHALLENGE_DIR=str(challenge), DATA_DIR=str(tmp_path / "data"))
