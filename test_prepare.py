@@ -430,6 +430,13 @@ def test_authors_splits(original, tmp_path, capsys):
         run(prepare_data, **stage, SPLITS="picture")
 
 
+def test_seed_governs_the_splits(original, prepared, tmp_path):
+    run(prepare_data, CHALLENGE_DIR=str(original), DATA_DIR=str(tmp_path / "data"), SEED=1)
+    a, b = prepare_data.load(prepared), prepare_data.load(tmp_path / "data")
+    assert np.array_equal(a.image, b.image) and 0.5 < (a.split == b.split).mean() < 0.95  # chance: 0.735
+    assert a.fingerprint != b.fingerprint
+
+
 def test_nsd_ids_are_those_of_the_files(original, prepared):
     data = prepare_data.load(prepared)
     assert data.splits == "pictures" and data.nsd_id.dtype == np.int64 and data.nsd_id.shape == (len(data.images),)
