@@ -361,7 +361,7 @@ def test_one_writer_at_a_time(original, data, capsys):
         before = contents(data)
         refusal = f"{data} is being written to by prepare_data.py, process {process.pid} on .*: wait until it ends"
         with pytest.raises(Problem, match=refusal):
-            run(prepare_data, **stage)
+            run(prepare_data, **stage | dict(CHALLENGE_DIR="before anything is read"))
         (data / "elsewhere").rename(data / "prepared.pt")
         with pytest.raises(Problem, match=refusal):
             run(prepare_data, **stage, OVERWRITE=True)
@@ -430,6 +430,13 @@ def test_authors_splits(original, tmp_path, capsys):
         run(prepare_data, **stage, SPLITS="picture")
 
 
+def test_seed_governs_the_splits(original, prepared, tmp_path):
+    run(prepare_data, CHALLENGE_DIR=str(original), DATA_DIR=str(tmp_path / "data"), SEED=1)
+    a, b = prepare_data.load(prepared), prepare_data.load(tmp_path / "data")
+    assert np.array_equal(a.image, b.image) and 0.5 < (a.split == b.split).mean() < 0.95  # chance: 0.735
+    assert a.fingerprint != b.fingerprint
+
+
 def test_nsd_ids_are_those_of_the_files(original, prepared):
     data = prepare_data.load(prepared)
     assert data.splits == "pictures" and data.nsd_id.dtype == np.int64 and data.nsd_id.shape == (len(data.images),)
@@ -439,6 +446,71 @@ def test_nsd_ids_are_those_of_the_files(original, prepared):
             paths = sorted((original / name / f"{part}_split/{part}_images").iterdir())
             assert data.nsd_id[image].tolist() == [int(path.stem[-5:]) for path in paths]
     assert (np.diff(data.nsd_id[: data.n_training_images]) > 0).all()
+
+
+def test_one_persons_test_picture_may_be_anothers_training_picture(challenge, tmp_path):
+    """It is kept once."""
+    path = sorted((challenge / pictures_of.format("subj01")).iterdir())[30]
+    test = challenge / "subj06/test_split/test_images"
+    shutil.copy(path, test / f"test-0999_nsd-{path.stem[-5:]}.png")
+    run(prepare_data, CHALLENGE_DIR=str(challenge), DATA_DIR=str(tmp_path / "data"))
+    data = prepare_data.load(tmp_path / "data")
+    assert len(np.unique(data.nsd_id)) == len(data.nsd_id) == len(data.images)
+    assert data.test_image[-1] == data.image[30] < data.n_training_images
+
+
+def test_two_pictures_under_one_nsd_id_are_refused(challenge, tmp_path):
+    """Another file of the same picture is not another picture."""
+    folders = [challenge / pictures_of.format(name) for name in ("subj01", "subj06")]
+    ids = [{path.stem[-5:]: path for path in folder.iterdir()} for folder in folders]
+    shared = sorted(ids[0].keys() & ids[1].keys())
+    path = ids[1][shared[0]]
+    before = path.read_bytes()
+    Image.open(path).save(path, compress_level=9)
+    assert path.read_bytes() != before
+    stage = dict(CHALLENGE_DIR=str(challenge), DATA_DIR=str(tmp_path / "data"))
+    run(prepare_data, **stage)
+    Image.open(path).rotate(180).save(path)
+    with pytest.raises(Problem, match=f"{path} and {ids[0][shared[0]]} show different pictures under one nsd id"):
+        run(prepare_data, **stage, OVERWRITE=True)
+
+
+def test_labels_without_a_name_are_no_region(challenge, tmp_path, capsys):
+    path = challenge / "subj06/roi_masks/rh.streams_challenge_space.npy"
+    labels = np.load(path)
+    labels[[2, 5]] = 77
+    np.save(path, labels)
+    run(prepare_data, CHALLENGE_DIR=str(challenge), DATA_DIR=str(tmp_path / "data"))
+    assert f"{path}: 2 labels have no name in mapping_streams.npy, taken as Unknown" in capsys.readouterr().out
+    space = prepare_data.load(tmp_path / "data").space
+    expected = np.where(labels == 77, 0, labels)
+    assert np.array_equal(space.rois["streams"]["labels"][1][space.hemisphere(1, "rh")], expected)
+
+
+def test_interrupted_between_two_files(challenge, tmp_path, monkeypatch):
+    """Old description and new arrays never go together; the same command, without overwriting, makes it whole."""
+    stage = dict(CHALLENGE_DIR=str(challenge), DATA_DIR=str(tmp_path / "data"))
+    run(prepare_data, **stage)
+    replace_value(challenge)
+    replace, replaced = os.replace, []
+
+    def interrupted(aside, path):
+        if replaced:
+            raise KeyboardInterrupt
+        replaced.append(path)
+        replace(aside, path)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(prepare_data, **stage, OVERWRITE=True)
+    monkeypatch.undo()
+    with pytest.raises(Problem, match="not completely. prepared"):
+        prepare_data.load(tmp_path / "data")
+    run(prepare_data, **stage)
+    data = prepare_data.load(tmp_path / "data")
+    rows = np.flatnonzero(data.subject == 1)
+    found = data.read_activity(rows)[:, data.space.mask[1]]
+    assert np.array_equal(found, activity_of(challenge, "subj06").astype(np.float16))
 
 
 def test_a_finished_run_says_so(challenge, tmp_path, capsys):
@@ -734,6 +806,7 @@ def test_default_passes_on_a_slowly_falling_spectrum():
         for basis in (components.double().numpy(), other.components_.T.astype(float))
     )
     assert 0 < lost < theirs < 0.004  # a pass less loses 0.005
+    assert (components.amax(0) >= -components.amin(0)).all()  # the sign is settled: refitted, it is the same
     assert total == pytest.approx(exact.explained_variance_.sum() / exact.explained_variance_ratio_.sum(), rel=1e-5)
 
 
