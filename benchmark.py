@@ -14,6 +14,8 @@ activity are random at full resolution: no data is needed. Parts:
     processes a phase-1 step in 1, 2, … processes (torchrun), what they say to each other, and memory
     search    how good what each of Optuna's samplers finds is, on a surface fitted to heads trained at random
               constants on simulated data (an hour on two cores: not among the defaults)
+    adapt     how good a model of a new person is, against training on everybody together, and its time: the
+              demo's people, the eighth of them new (five minutes on two cores: not among the defaults)
     scaling   cost at 1/8, 1/4, 1/2 and full size, as far as MAX_SIZE lets it
 """
 
@@ -40,6 +42,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
+import adapt
 import batches
 import demo
 import finetune
@@ -48,10 +51,13 @@ import model
 import predict
 import prepare_data
 import processes
+import ridge
 import train_head
 import training
+from checkpoint import load_checkpoint
 from common import Problem, choose_device, choose_precision, constants, peak_resident, run_script, versions
-from model import Crops, Encoder, Head, Space, Trunk, autocast, picture_size, smallest_crop
+from model import Crops, Encoder, Head, Space, Trunk, autocast, picture_size, random_boxes, smallest_crop
+from scores import r2_score
 
 PARTS = "step,heads,memory,pca,prepare,predict,host,processes,scaling"  # which of these to run
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
@@ -695,6 +701,102 @@ def simulated_search(search, surface, seed, n_trials=48, heads=8):
     return np.maximum.accumulate([trial.value for trial in trials])
 
 
+# ---- part adapt ---------------------------------------------------------------------------------
+
+
+def part_adapt(device, precision, folder):
+    """The demo's eighth person, scored on the test pictures, which nobody was trained on."""
+    folder, script = Path(folder), Path(__file__).parent
+    challenge, name = folder / "challenge", "subj08"
+    demo.simulate(challenge, n_train=demo.N_TRAIN, n_test=demo.N_TEST)
+
+    def stage(script_name, **arguments):
+        arguments = [f"--{key}={value}" for key, value in arguments.items()]
+        arguments += [f"--device={DEVICE}"] * (script_name != "prepare_data.py")
+        subprocess.run([sys.executable, script / script_name, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+    def train(people, subjects=""):
+        demo.train(stage, challenge, folder / f"data_{people}", folder / f"run_{people}", subjects)
+
+    seven = ",".join(f"subj{i:02}" for i in range(1, 8))
+    train("seven", seven)
+    seconds = {"eight": clock(device, lambda: train("eight"))}
+    values = dict(challenge_dir=challenge, subject=name, run_dir=folder / "run_seven", output_dir=folder / "new")
+    seconds["adapt"] = clock(device, lambda: stage("adapt.py", **values))
+    quick = values | dict(output_dir=folder / "quick", hold_out="false")
+    seconds["no curve"] = clock(device, lambda: stage("adapt.py", **quick))
+
+    pictures = sorted((challenge / name / "test_split/test_images").iterdir())
+    sides = [challenge / name / f"test_split/test_fmri/{hemi}_test_fmri.npy" for hemi in prepare_data.hemis]
+    activity = torch.from_numpy(np.concatenate([np.load(path) for path in sides], 1))
+
+    def r2(prediction):
+        return float(r2_score(activity, prediction).median())
+
+    def of_checkpoint(path):
+        found = predict.load_encoder(path, DEVICE, PRECISION).activity(pictures, [name])[name]
+        return r2(torch.from_numpy(np.concatenate([found.lh, found.rh], 1)))
+
+    together, adapted = (of_checkpoint(folder / path) for path in ("run_eight/finetuned.pt", "new/adapted.pt"))
+    row(f"{name}, median R² on {len(pictures)} test pictures: trained on with seven others", f"{together:.4f}")
+    part = f"{adapted / together:.3f} of it; wanted 0.95 at least"
+    row("  trained on the seven, adapted to all its training pictures", f"{adapted:.4f}", part)
+
+    adapt.CHALLENGE_DIR, adapt.SUBJECT = str(challenge), name
+    encoder, space, made = load_checkpoint(folder / "run_seven/finetuned.pt", device)
+    files, _ = adapt.read_person()
+    person = adapt.match(files, space, (), "the seven's")
+    n, train_rows = len(files.pictures), np.flatnonzero(person.train)
+    images = [prepare_data.decode_picture([path]) for path in files.pictures + files.test_pictures]
+    h, x = adapt.read_latents(encoder, files.pictures + files.test_pictures, precision)
+    crops = crop_latents(encoder, np.stack(images[:n]), precision)
+    solver, cropped = adapt.Solver(encoder, person, h[:n]), adapt.Solver(encoder, person, crops)
+    h_test = h[n:].to(device)
+
+    def each_component(solver, rows):
+        """A penalty for every component by itself."""
+        parts = []
+        for k in range(len(solver.basis.values)):
+            one = adapt.Basis(None, solver.basis.vectors[:, k : k + 1], solver.basis.values[k : k + 1])
+            parts.append(adapt.fit(solver.h[rows], solver.targets[rows, k : k + 1], one)[:2])
+        return [sum(part).float() for part in zip(*parts)]
+
+    def by_ridge(rows):
+        fitted = ridge.fit(x[rows].to(device), person.read_activity(rows).to(device))
+        return ridge.predict(fitted, x[n:].to(device))
+
+    methods = {
+        "adapted": lambda rows: solver.predict(h_test, *solver.fit(rows)[:2]),
+        "  a penalty for each component": lambda rows: solver.predict(h_test, *each_component(solver, rows)),
+        "  h averaged over four random crops": lambda rows: solver.predict(h_test, *cropped.fit(rows)[:2]),
+        "ridge regression": by_ridge,
+    }
+    for size in (10, 30, 100, len(train_rows)):
+        n_draws = 5 if 2 * size < len(train_rows) else 1
+        draws = [np.random.default_rng([0, size, k]).choice(train_rows, size, replace=False) for k in range(n_draws)]
+        group = r2(solver.predict_group(h_test).cpu())
+        row(f"{size} pictures, {n_draws} draws: the group's prediction", f"{group:.4f}")
+        for title, predicted in methods.items():
+            found = [r2(predicted(rows).cpu()) for rows in draws]
+            row(f"  {title}", f"{np.mean(found):.4f}", f"{min(found):.4f} to {max(found):.4f}" if n_draws > 1 else "")
+    for title, key in (("adapting with its curve, of training on all eight", "adapt"), ("  without the curve", "no curve")):
+        row(title, f"{seconds[key] / seconds['eight']:.2f}", f"{seconds[key]:.0f} s, {seconds['eight']:.0f} s")
+
+
+@torch.inference_mode()
+def crop_latents(encoder, images, precision, n_crops=4):
+    """h (n_images, latent_dim), mean over random crops as in training."""
+    crops, total = Crops(encoder.trunk, smallest_crop(0.8), device=encoder.head.embed_bias.device), 0.0
+    for k in range(n_crops):
+        boxes, parts = random_boxes(len(images), 0.8, np.random.default_rng([0, k])), []
+        for rows in torch.arange(len(images)).split(64):
+            batch = [v[rows].to(crops.device) for v in (torch.from_numpy(images), *boxes)]
+            with autocast(crops.device, precision):
+                parts.append(encoder.latents(encoder.trunk(crops(*batch))))
+        total = total + torch.cat(parts)
+    return (total / n_crops).cpu()
+
+
 # ---- part scaling -------------------------------------------------------------------------------
 
 
@@ -746,6 +848,7 @@ def main():
         "host": part_host,
         "processes": lambda folder: part_processes(device, batch_size, folder),
         "search": part_search,
+        "adapt": lambda folder: part_adapt(device, precision, folder),
         "scaling": lambda folder: part_scaling(device, batch_size, folder),
     }
     chosen = [name.strip() for name in PARTS.split(",")]

@@ -83,21 +83,9 @@ def main():
     print(f"simulating {challenge}: eight people looking at about {N_TRAIN + N_TEST} pictures each", flush=True)
     simulate(challenge, n_train=N_TRAIN, n_test=N_TEST, seed=SEED)
 
-    # little data and an untrained trunk: less regularisation and larger steps than in the report
-    training = dict(weight_decay=0.1, feature_dropout=0.2)
-    head = dict(trunk=TRUNK, pretrained="false", layers=LAYERS, latent_dim=LATENT_DIM)
-    rates = dict(
-        batch_size=BATCH_SIZE, steps=STEPS, warmup_steps=STEPS // 10, learning_rate=5e-3, min_learning_rate=1e-4
-    )
-    stage("prepare_data.py", challenge_dir=challenge, data_dir=data)
-    stage("fit_pca.py", data_dir=data, pca_dim=PCA_DIM)
-    stage("train_head.py", data_dir=data, run_dir=run, **head, **rates, **training)
+    train(stage, challenge, data, run)
     phase1 = dict(checkpoint=f"{run}/head.pt", submission_dir=f"{demo}/submission_head")
     stage("predict.py", data_dir=data, run_dir=run, **phase1)
-    rates = dict(
-        batch_size=BATCH_SIZE // 2, steps=FINETUNE_STEPS, warmup_steps=FINETUNE_STEPS // 10, learning_rate=5e-4
-    )
-    stage("finetune.py", data_dir=data, run_dir=run, **rates, **training)
     stage("predict.py", data_dir=data, run_dir=run, submission_dir=f"{demo}/submission")
     stage("evaluate.py", data_dir=data, run_dir=run, challenge_dir=challenge)
 
@@ -118,6 +106,24 @@ def own_picture(demo, run):
     predictions = demo / "predictions"
     stage("predict.py", run_dir=run, images=demo / "photo.jpg", subject="subj01,group", output_dir=predictions)
     print(f"The picture and its predicted activity are drawn in {predictions}/subj01/photo.png.")
+
+
+def train(stage, challenge, data, run, subjects=""):
+    """Prepare the data of subjects (all: empty) and train on them. stage: what runs a script with constants."""
+    # little data and an untrained trunk: less regularisation and larger steps than in the report
+    training = dict(weight_decay=0.1, feature_dropout=0.2)
+    head = dict(trunk=TRUNK, pretrained="false", layers=LAYERS, latent_dim=LATENT_DIM)
+    rates = dict(
+        batch_size=BATCH_SIZE, steps=STEPS, warmup_steps=STEPS // 10, learning_rate=5e-3, min_learning_rate=1e-4
+    )
+    chosen = dict(subjects=subjects) if subjects else {}
+    stage("prepare_data.py", challenge_dir=challenge, data_dir=data, **chosen)
+    stage("fit_pca.py", data_dir=data, pca_dim=PCA_DIM)
+    stage("train_head.py", data_dir=data, run_dir=run, **head, **rates, **training)
+    rates = dict(
+        batch_size=BATCH_SIZE // 2, steps=FINETUNE_STEPS, warmup_steps=FINETUNE_STEPS // 10, learning_rate=5e-4
+    )
+    stage("finetune.py", data_dir=data, run_dir=run, **rates, **training)
 
 
 def new_person(demo, run):
