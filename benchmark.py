@@ -73,7 +73,7 @@ HOST_SIZE = 0.02  # of the challenge's samples, for part host; 1 needs 32 GB of 
 MAX_SIZE = 0.25  # of the full size, the largest in part scaling; 1 needs 16 GB of RAM
 SCALING_PCA_DIM = 256  # components of the PCA in part scaling
 N_PICTURES = 512  # PNG files of parts prepare, host and scaling
-SEARCH_TRIALS = 160  # heads trained at random constants (part search)
+SEARCH_TRIALS = 96  # heads trained at random constants (part search)
 SEARCH_RUNS = 10  # searches with each sampler (part search)
 TEMPORARY = ""  # folder for simulated data (5 GB at full size, part host 32 GB); empty: the system's
 
