@@ -67,6 +67,7 @@ def finish(process):
     return process.returncode, out, err
 
 
+@torch.enable_grad()  # a test that computes no gradients may be the first to ask
 def trained(stage, **values):
     """Run a training stage -> the encoder it trained, its weights before, names of what was trainable,
     the batches it saw."""

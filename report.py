@@ -15,7 +15,6 @@ from PIL import Image
 from common import versions, write_whole
 from figures import r2_maps
 from flatmap import fit_limits
-from scores import pick
 
 published = {  # Lane & Kiar 2023: (median R², challenge score)
     "report, phase 1": (0.204, 0.589),

@@ -385,7 +385,8 @@ def test_scores_are_scikit_learns_and_scipys(submission, challenge, fitted, subj
     scores = json.loads((tmp_path / "a/scores.json").read_text())["scores"]["subject"]
     for metric, parts in expected.items():
         whole = np.concatenate(parts)
-        assert scores["all"][metric] == pytest.approx({"median": np.median(whole), "mean": np.mean(whole)}, abs=1e-5)
+        found = {key: scores["all"][metric][key] for key in ("median", "mean")}
+        assert found == pytest.approx({"median": np.median(whole), "mean": np.mean(whole)}, abs=1e-5)
         assert scores["subj06"][metric]["mean"] == pytest.approx(parts[5].mean(), abs=1e-5)
     rows = list(csv.DictReader((tmp_path / "a/scores.csv").open()))
     where = dict(subject="subj02", hemisphere="rh", roi_group="prf-visualrois", roi="V2v", metric="r", prediction="subject")
