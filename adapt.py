@@ -424,12 +424,15 @@ def main():
 
 def adapt(path, files, stamps, output, device, precision):
     start = time.perf_counter()
-    encoder, space, made = load_checkpoint(path, device, lambda: prepare_data.find_space(DATA_DIR, prepare_data.CHALLENGE_DIR))
+    encoder, space, made = load_checkpoint(
+        path, device, lambda: prepare_data.find_space(DATA_DIR, prepare_data.CHALLENGE_DIR)
+    )
     check_checkpoint(path, space)
     rois = {group: fingerprint(names, *labels.values()) for group, (names, labels) in files.rois.items()}
     inputs = {
         "SUBJECT": SUBJECT, "SEED": SEED, "HOLD_OUT": HOLD_OUT, "N_DRAWS": N_DRAWS, "checkpoint": made["fingerprint"],
-        "precision": str(precision)[6:], "pictures": files.picture_stamp, "activity": fingerprint(list(stamps.values())),
+        "precision": str(precision)[6:], "pictures": files.picture_stamp,
+        "activity": fingerprint(list(stamps.values())),
         "masks and ROIs": fingerprint(*files.vertices.values(), rois),
     }  # fmt: skip
     if is_adapted(output / "adapted.pt", inputs):

@@ -80,7 +80,9 @@ TEMPORARY = ""  # folder for simulated data (5 GB at full size, part host 32 GB)
 process_pictures = 8192  # of part processes: 1.6 GB
 n_vertices = {"lh": 19_004, "rh": 20_544}  # subjects 6 and 8 of the challenge lack some of them
 n_missing = {6: {"lh": 26, "rh": 324}, 8: {"lh": 23, "rh": 14}}
-full = SimpleNamespace(samples=63_800, vertices=sum(n_vertices.values()), images=68_000, subjects=8, pca_dim=2048, latent_dim=1024)
+full = SimpleNamespace(
+    samples=63_800, vertices=sum(n_vertices.values()), images=68_000, subjects=8, pca_dim=2048, latent_dim=1024
+)
 
 
 def row(what, value, note=""):
@@ -144,7 +146,9 @@ def random_images(n):
 def write_activity(path, n_samples, n_vertices):
     """Low rank plus noise: 300 components of falling size carry 40 % of the variance, as fMRI does."""
     rng = np.random.default_rng(0)
-    maps = rng.standard_normal((300, n_vertices), dtype=np.float32) * np.arange(1, 301, dtype=np.float32)[:, None] ** -0.7
+    maps = (
+        rng.standard_normal((300, n_vertices), dtype=np.float32) * np.arange(1, 301, dtype=np.float32)[:, None] ** -0.7
+    )
     maps *= np.sqrt(0.4 / np.square(maps).sum(0))
     with open(path, "wb") as file:
         prepare_data.write_npy_header(file, (n_samples, n_vertices), np.float16)
@@ -243,13 +247,23 @@ def part_step(device, precision, batch_size):
         row("  with torch.compile", "not available", failure)
     limit = 1.20 if device.type == "cuda" else 1.35
     row("whole phase-1 step", f"{whole / unit:.3f}", f"of the trunk's forward; wanted {limit} at most")
-    row("  data: step from RAM less step with the batch on the device", f"{(whole - resident) / unit:.3f}", "wanted 0.03 at most on a GPU")
+    row(
+        "  data: step from RAM less step with the batch on the device",
+        f"{(whole - resident) / unit:.3f}",
+        "wanted 0.03 at most on a GPU",
+    )
     row("  (preparing a batch alone, hidden behind the step before)", f"{seconds['alone'] / unit:.3f}")
     for name in ("crop", "head", "optimiser"):
         row(f"  {name}", f"{seconds[name] / unit:.3f}")
-    row("  (head with torch's own draws for dropout)", f"{seconds['torchs'] / unit:.3f}", "times the heads on one trunk")
+    row(
+        "  (head with torch's own draws for dropout)", f"{seconds['torchs'] / unit:.3f}", "times the heads on one trunk"
+    )
     row("  (an optimiser that is not fused)", f"{seconds['unfused'] / unit:.3f}")
-    row("the authors' arrangement, whole step", f"{seconds['authors'] / n / unit:.3f}", f"{seconds['authors'] / n / whole:.2f} of ours")
+    row(
+        "the authors' arrangement, whole step",
+        f"{seconds['authors'] / n / unit:.3f}",
+        f"{seconds['authors'] / n / whole:.2f} of ours",
+    )
 
 
 class AuthorsArrangement(torch.utils.data.Dataset):
@@ -374,13 +388,18 @@ def part_memory(device, precision):
         phase = Phase(stage, stage.BATCH_SIZE, device, precision, n_images=2048)
         seconds = clock(device, lambda: phase.run(5)) / 5
         peak = torch.cuda.max_memory_reserved(device) / 2**30
-        note = f"capped at {GPU_LIMIT:.0f}; {seconds * 1e3:.0f} ms a step, {stage.STEPS * seconds / 60:.0f} min for {stage.STEPS}"
+        note = f"capped at {GPU_LIMIT:.0f}; {seconds * 1e3:.0f} ms a step, "
+        note += f"{stage.STEPS * seconds / 60:.0f} min for {stage.STEPS}"
         row(f"{name}, batch {stage.BATCH_SIZE}: peak GPU memory", f"{peak:.1f} GiB", note)
         del phase
     torch.cuda.set_per_process_memory_fraction(1.0, device)
     phase = Phase(train_head, 64, device, torch.float16, n_images=256)
     losses = [phase.step(batch).item() for _, batch in phase.batches(0, FLOAT16_STEPS)]
-    row(f"float16 with loss scaling, {FLOAT16_STEPS} steps", f"{np.isfinite(losses).sum()} finite", f"scale {phase.learner.scaler.get_scale():.0f}")
+    row(
+        f"float16 with loss scaling, {FLOAT16_STEPS} steps",
+        f"{np.isfinite(losses).sum()} finite",
+        f"scale {phase.learner.scaler.get_scale():.0f}",
+    )
 
 
 # ---- part pca -----------------------------------------------------------------------------------
@@ -424,13 +443,21 @@ def part_pca(device, folder):
     pca_dim = min(full.pca_dim, n // 2)
     (ours, explained, whole), memory = in_process(pca_ours, path, n, pca_dim, device)
     size = f"{n} x {full.vertices}, {pca_dim} components"
-    row(f"group PCA, {size}", f"{ours:.0f} s", f"{whole:.0f} s with the targets, {memory:.1f} GB host memory, explains {explained:.4f}")
+    row(
+        f"group PCA, {size}",
+        f"{ours:.0f} s",
+        f"{whole:.0f} s with the targets, {memory:.1f} GB host memory, explains {explained:.4f}",
+    )
     if PCA_SIZE > 0.25:
-        return row("  of scikit-learn's randomised PCA", "not measured", "its copies of the activity take too much memory")
+        return row(
+            "  of scikit-learn's randomised PCA", "not measured", "its copies of the activity take too much memory"
+        )
     (theirs, expected), their_memory = in_process(pca_sklearn, path, n, pca_dim)
     row("  of scikit-learn's randomised PCA: time", f"{ours / theirs:.2f}", f"{theirs:.0f} s; wanted 1 at most")
     row("  memory", f"{memory / their_memory:.2f}", f"{their_memory:.1f} GB; wanted 0.5 at most")
-    row("  explained variance", f"{explained / expected:.4f}", f"{explained:.4f}, {expected:.4f}; wanted 0.999 at least")
+    row(
+        "  explained variance", f"{explained / expected:.4f}", f"{explained:.4f}, {expected:.4f}; wanted 0.999 at least"
+    )
 
 
 # ---- part prepare -------------------------------------------------------------------------------
@@ -487,9 +514,14 @@ def part_predict(device, precision, folder):
     trunk = Trunk(TRUNK, LAYERS, pretrained=False)
     head = Head(trunk.feature_shapes, full.latent_dim, full.pca_dim, full.subjects, full.vertices)
     torch.nn.init.normal_(head.embed_weight, std=full.vertices**-0.5)
-    encoder, made = Encoder(trunk, head).to(device).eval(), dict(fingerprint="", step=0, finished=True, scores={}, made_with={})
+    encoder, made = (
+        Encoder(trunk, head).to(device).eval(),
+        dict(fingerprint="", step=0, finished=True, scores={}, made_with={}),
+    )
     ensemble = predict.Ensemble([encoder], random_space(), [("random weights", made)], precision)
-    constants_of = dict(IMAGES=str(folder / "pictures"), OUTPUT_DIR=str(folder / "predictions"), OVERWRITE=True, MAPS=0, GIFTI=0)
+    constants_of = dict(
+        IMAGES=str(folder / "pictures"), OUTPUT_DIR=str(folder / "predictions"), OVERWRITE=True, MAPS=0, GIFTI=0
+    )
     vars(predict).update(constants_of)
     images = torch.zeros(batch_size, 3, trunk.image_size, trunk.image_size, device=device)
 
@@ -506,7 +538,11 @@ def part_predict(device, precision, folder):
     row(f"trunk forward, {n} pictures in batches of {batch_size}", f"{n / seconds['trunk']:.1f} images/s", "= 1")
     wanted = 0.5 if device.type == "cuda" else 0.8
     share = seconds["trunk"] / seconds["predict"]
-    row("predict.py: from files to arrays of all nine predictions", f"{share:.3f}", f"of that rate; wanted {wanted} at least")
+    row(
+        "predict.py: from files to arrays of all nine predictions",
+        f"{share:.3f}",
+        f"of that rate; wanted {wanted} at least",
+    )
 
 
 # ---- part host ----------------------------------------------------------------------------------
@@ -527,17 +563,27 @@ def write_challenge(folder):
             vertices = np.arange(n - n_missing.get(subject, {}).get(side, 0))
             labels = dict.fromkeys(demo.areas, np.zeros(len(vertices), int))
             activity = [rng.standard_normal((len(ids), len(vertices)), dtype=np.float32) for ids in splits]
-            demo.write_hemisphere(challenge / f"subj{subject:02}", side, vertices, labels, activity, np.ones(len(vertices)))
+            demo.write_hemisphere(
+                challenge / f"subj{subject:02}", side, vertices, labels, activity, np.ones(len(vertices))
+            )
     return challenge
 
 
 def part_host(folder):
     folder = Path(folder)
     data = f"--data_dir={folder / 'data'}"
-    training = (data, f"--run_dir={folder / 'run'}", "--steps=2", "--warmup_steps=1", "--batch_size=2", f"--device={DEVICE}")
+    training = (
+        data,
+        f"--run_dir={folder / 'run'}",
+        "--steps=2",
+        "--warmup_steps=1",
+        "--batch_size=2",
+        f"--device={DEVICE}",
+    )
     stages = {
         "prepare_data": (f"--challenge_dir={write_challenge(folder)}", data),
-        "fit_pca": (data, f"--pca_dim={min(full.pca_dim, int(full.samples * HOST_SIZE) // 2)}", "--passes=1", f"--device={DEVICE}"),
+        "fit_pca": (data, f"--pca_dim={min(full.pca_dim, int(full.samples * HOST_SIZE) // 2)}", "--passes=1",
+                    f"--device={DEVICE}"),
         "train_head": (*training, f"--trunk={TRUNK}", f"--layers={LAYERS}", "--pretrained=false"),
         "finetune": training,
     }  # fmt: skip
@@ -582,7 +628,11 @@ def part_processes(device, batch_size, folder):
         row(f"phase-1 step, batch {batch_size}, {name}", f"{unit / run['step']:.2f}", note)
     if device.type != "cuda" and counts:
         ratio = best["2 processes of 1 thread"]["step"] / best[f"1 process of {cores} threads"]["step"]
-        row(f"  two processes of one thread, of one of {cores}", f"{ratio:.3f}", "of the time; wanted 1.1 at most on two cores")
+        row(
+            f"  two processes of one thread, of one of {cores}",
+            f"{ratio:.3f}",
+            "of the time; wanted 1.1 at most on two cores",
+        )
     pictures = process_pictures * picture_size**2 * 3 / 1e9
     memory = best[name]["memory"]
     row(f"  memory of {name}", f"{memory:.1f} GB", f"together; {memory - pictures:.1f} GB without the pictures")
@@ -603,7 +653,9 @@ def run_processes(n, threads, batch_size, folder):
 def measure_processes(device, precision):
     """One of the processes of an arrangement: seconds a step, of it for what they exchange, GB of all together."""
     pictures = np.load(Path(TEMPORARY) / "images.npy", mmap_mode="r")
-    data = SimpleNamespace(images=pictures, n_training_images=len(pictures), read_training_images=lambda: np.array(pictures))
+    data = SimpleNamespace(
+        images=pictures, n_training_images=len(pictures), read_training_images=lambda: np.array(pictures)
+    )
     phase = Phase(train_head, BATCH_SIZE, device, precision, len(pictures), batches.read_pictures(data))
     exchanged = []
 
@@ -624,6 +676,8 @@ def measure_processes(device, precision):
     found = re.search(r"Pss:\s*(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
     memory = sum(processes.gather_objects(int(found[1]) * 1024 / 1e9))  # proportional: shared pages count once
     print("measured:", json.dumps({"step": seconds, "said": sum(exchanged) / REPEATS, "memory": memory}))
+
+
 # ---- part search --------------------------------------------------------------------------------
 
 
@@ -661,24 +715,34 @@ def part_search(folder):
     trials = [t for t in search.read_study(folder / "run/study.journal").get_trials() if t.value is not None]
     surface, quality = response_surface([t.params for t in trials], [t.value for t in trials])
     values = surface([t.params for t in trials])
-    row(f"simulated heads, {len(trials)} of them at random constants", f"{values[0]:.4f}", f"the report's; best {values.max():.4f}")
+    row(
+        f"simulated heads, {len(trials)} of them at random constants",
+        f"{values[0]:.4f}",
+        f"the report's; best {values.max():.4f}",
+    )
     row("  the surface fitted to them explains", f"{quality:.2f}", "of the held-out variance of their R²")
     for name, sampler in samplers.items():
         search.new_sampler = sampler
         found = np.array([simulated_search(search, surface, seed) for seed in range(SEARCH_RUNS)])
         at = [f"{np.median(found[:, n - 1]):.4f}" for n in (16, 32, 48)]
-        row(f"best of 16 trials, {name}", at[0], f"32: {at[1]}, 48: {at[2]} (quarter {np.quantile(found[:, 47], 0.25):.4f})")
+        row(
+            f"best of 16 trials, {name}",
+            at[0],
+            f"32: {at[1]}, 48: {at[2]} (quarter {np.quantile(found[:, 47], 0.25):.4f})",
+        )
 
 
 def response_surface(parameters, values):
-    """A forest of R² over the constants: (function of dicts of constants -> R², explained part of held-out variance)."""
+    """A forest of R² over the constants: (function of dicts of constants -> R², explained part of held-out variance)"""
     from sklearn.ensemble import ExtraTreesRegressor
 
     layers = sorted({p["LAYERS"] for p in parameters})
 
     def columns(parameters):
         shown = [p | {name: np.log(p[name]) for name in ("LEARNING_RATE", "WEIGHT_DECAY")} for p in parameters]
-        return np.array([[*(p[k] for k in sorted(p) if k != "LAYERS"), *(p["LAYERS"] == k for k in layers)] for p in shown])
+        return np.array(
+            [[*(p[k] for k in sorted(p) if k != "LAYERS"), *(p["LAYERS"] == k for k in layers)] for p in shown]
+        )
 
     forest = ExtraTreesRegressor(300, min_samples_leaf=2, bootstrap=True, oob_score=True, random_state=0)
     forest.fit(columns(parameters), np.clip(values, np.quantile(values, 0.1), None))  # what went astray is all the same
@@ -779,7 +843,10 @@ def part_adapt(device, precision, folder):
         for title, predicted in methods.items():
             found = [r2(predicted(rows).cpu()) for rows in draws]
             row(f"  {title}", f"{np.mean(found):.4f}", f"{min(found):.4f} to {max(found):.4f}" if n_draws > 1 else "")
-    for title, key in (("adapting with its curve, of training on all eight", "adapt"), ("  without the curve", "no curve")):
+    for title, key in (
+        ("adapting with its curve, of training on all eight", "adapt"),
+        ("  without the curve", "no curve"),
+    ):
         row(title, f"{seconds[key] / seconds['eight']:.2f}", f"{seconds[key]:.0f} s, {seconds['eight']:.0f} s")
 
 
@@ -854,7 +921,9 @@ def main():
     chosen = [name.strip() for name in PARTS.split(",")]
     if not set(chosen) <= parts.keys():
         raise Problem(f"PARTS is {PARTS!r}, expected some of {', '.join(parts)}")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
     print(f"{hardware}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {str(precision)[6:]}, {versions()}")
     print(f"trunk {TRUNK}, layers {LAYERS}")
     for name in chosen:

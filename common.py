@@ -228,7 +228,7 @@ def check_least(namespace, **least):
 
 
 def choose_device(name):
-    """"auto" is the GPU where there is one, under torchrun the process's own; "cuda", "cuda:1", "cpu"."""
+    """ "auto" is the GPU where there is one, under torchrun the process's own; "cuda", "cuda:1", "cpu"."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -247,7 +247,7 @@ def choose_device(name):
 
 
 def choose_precision(name, device):
-    """"auto": bfloat16 where the hardware computes it, else float16 on a GPU, float32 on a CPU."""
+    """ "auto": bfloat16 where the hardware computes it, else float16 on a GPU, float32 on a CPU."""
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name in known:
         return known[name]

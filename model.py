@@ -584,9 +584,7 @@ class Crops:
     def weights(self, start, size):
         pixel = torch.arange(self.source, device=self.device) + self.source  # (source,)
         out = torch.arange(self.size, device=self.device)
-        return self.table[
-            (size - self.smallest)[:, None, None], out[None, :, None], (pixel - start[:, None])[:, None]
-        ]
+        return self.table[(size - self.smallest)[:, None, None], out[None, :, None], (pixel - start[:, None])[:, None]]
 
     def whole(self, images):
         """Evaluation: resize only. images (n, source, source, 3) uint8 on self.device."""
@@ -695,5 +693,3 @@ class Space:
                     area = group, part["whole"] or part["area"]
                     found[area] = found.get(area, False) | found[group, name]
         return found
-
-

@@ -92,7 +92,14 @@ def told_already(store, attempt):
 
 def is_lost_connection(error):
     """gloo and NCCL have no error class of their own for a peer that is gone."""
-    words = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo", "Broken pipe", "Connection refused")
+    words = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "NCCL",
+        "gloo",
+        "Broken pipe",
+        "Connection refused",
+    )
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 

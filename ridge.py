@@ -61,9 +61,9 @@ def fit(x, y, penalties=penalties):
     coefficients, chosen = [], []
     for part in (y - bias).split(at_once, dim=1):
         inside = left.T @ part  #                                (rank, n)
-        errors = torch.stack([
-            ((part - left @ (k[:, None] * inside)) / u[:, None]).square().sum(0) for k, u in zip(kept, unseen.T)
-        ])  #                                                    (n_penalties, n)
+        errors = torch.stack(
+            [((part - left @ (k[:, None] * inside)) / u[:, None]).square().sum(0) for k, u in zip(kept, unseen.T)]
+        )  #                                                    (n_penalties, n)
         best = errors.argmin(0)
         chosen.append(candidates[best])
         coefficients.append(inside * (kept[best].T / values.sqrt()[:, None].to(y.dtype)))

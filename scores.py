@@ -19,6 +19,7 @@ fewest_pictures = 10  # of a subject; resampling fewer says nothing
 vertices_at_once = 2048  # of the bootstrap: 8 MB for each thing held of 1000 resamples
 n_bins = 8192  # of the bootstrap's medians, which are right to 0.0004 at R² 0.2 and 0.0001 at 1
 
+
 def r2_score(activity, prediction):
     """R² of every vertex, as sklearn.metrics.r2_score: 1 - sum (y - ŷ)² / sum (y - mean y)².
 

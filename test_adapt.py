@@ -132,12 +132,19 @@ options = dict(PRECISION="float32", DEVICE="cpu", N_DRAWS=2, SEED=seed)
 def adapted(phase_2, person, fitted, tmp_path_factory):
     """OUTPUT_DIR of the person, adapted from finetuned.pt of the eight."""
     output = tmp_path_factory.mktemp("adapted") / "p-09"
-    run(adapt, CHALLENGE_DIR=str(person), SUBJECT="subj09", RUN_DIR=str(fitted.parent / "run"), OUTPUT_DIR=str(output), **options)
+    run(
+        adapt,
+        CHALLENGE_DIR=str(person),
+        SUBJECT="subj09",
+        RUN_DIR=str(fitted.parent / "run"),
+        OUTPUT_DIR=str(output),
+        **options,
+    )
     return output
 
 
 def plain(person, space):
-    """The person's files, read plainly: pictures, nsd ids, activity on the vertices known, their columns, which known."""
+    """The person's files, read plainly: pictures, nsd ids, activity on known vertices, their columns, which known."""
     root = person / "subj09"
     pictures = sorted((root / "training_split/training_images").iterdir())
     columns, known, activity = [], [], []
@@ -161,8 +168,17 @@ def test_adapted_is_the_least_squares_solution_of_the_training_pictures(
         encoder.head.bias_count = 2
         encoder.head.embed_bias += 0.3
         path, adapted = tmp_path / "theirs.pt", tmp_path / "out"
-        save_checkpoint(path, encoder, space=space, made_with={"published": "theirs.pt"}, scores={}, step=1, finished=True)
-        run(adapt, CHALLENGE_DIR=str(person / "subj09"), SUBJECT="subj09", CHECKPOINT=str(path), OUTPUT_DIR=str(adapted), **options)
+        save_checkpoint(
+            path, encoder, space=space, made_with={"published": "theirs.pt"}, scores={}, step=1, finished=True
+        )
+        run(
+            adapt,
+            CHALLENGE_DIR=str(person / "subj09"),
+            SUBJECT="subj09",
+            CHECKPOINT=str(path),
+            OUTPUT_DIR=str(adapted),
+            **options,
+        )
         assert "does not say which pictures it was trained on" in capsys.readouterr().out
     before, space, _ = load_checkpoint(path)
     after, larger, made = load_checkpoint(adapted / "adapted.pt")
@@ -253,12 +269,22 @@ def test_later_stages_take_the_adapted_checkpoint(adapted, person, fitted, chall
 
     # own pictures
     out = tmp_path / "own"
-    run(predict, CHECKPOINT=path, IMAGES=str(tests[0].parent), SUBJECT="subj09", OUTPUT_DIR=str(out), MAPS=0, PRECISION="float32")
+    run(
+        predict,
+        CHECKPOINT=path,
+        IMAGES=str(tests[0].parent),
+        SUBJECT="subj09",
+        OUTPUT_DIR=str(out),
+        MAPS=0,
+        PRECISION="float32",
+    )
     np.testing.assert_allclose(np.load(out / "subj09/activity_rh.npy"), expected[:, columns[~left]], atol=1e-4)
 
     # areas go by their names
     v1d = {row["roi"]: row for row in csv.DictReader((out / "rois.csv").open()) if row["roi_group"] == "prf-visualrois"}
-    labels = np.concatenate([np.load(person / f"subj09/roi_masks/{h}.prf-visualrois_challenge_space.npy") for h in hemis])
+    labels = np.concatenate(
+        [np.load(person / f"subj09/roi_masks/{h}.prf-visualrois_challenge_space.npy") for h in hemis]
+    )
     labels = labels[np.concatenate(known)]
     names = space.rois["prf-visualrois"]["names"]
     for number, name in ((1, "V1d"), (2, "V1v"), (3, "mine")):
@@ -275,7 +301,9 @@ def test_later_stages_take_the_adapted_checkpoint(adapted, person, fitted, chall
     run(prepare_data, CHALLENGE_DIR=str(person), DATA_DIR=str(data), SUBJECTS="subj09", SEED=seed)
     capsys.readouterr()
     evaluate_options = dict(CHECKPOINT=path, FIGURES=False, DEVICE="cpu", PRECISION="float32", RESAMPLES=0)
-    run(evaluate, DATA_DIR=str(data), CHALLENGE_DIR=str(person), OUTPUT_DIR=str(tmp_path / "scores"), **evaluate_options)
+    run(
+        evaluate, DATA_DIR=str(data), CHALLENGE_DIR=str(person), OUTPUT_DIR=str(tmp_path / "scores"), **evaluate_options
+    )
     out_text = capsys.readouterr().out
     assert "1 of 173 vertices are none of" in out_text and "2 validation and private test samples show" in out_text
     prepared = prepare_data.load(data)
@@ -287,7 +315,14 @@ def test_later_stages_take_the_adapted_checkpoint(adapted, person, fitted, chall
     assert found["n_images"] == {"subj09": len(scored)} and len(scored) < len(prepared.samples("val"))
     median = found["scores"]["subject"]["subj09"]["r2"]["median"]
     assert median == pytest.approx(np.median(r2_of_vertices(y.astype(float), prediction)), abs=1e-4)
-    run(predict, DATA_DIR=str(data), CHECKPOINT=path, SUBMISSION_DIR=str(tmp_path / "again"), DEVICE="cpu", PRECISION="float32")
+    run(
+        predict,
+        DATA_DIR=str(data),
+        CHECKPOINT=path,
+        SUBMISSION_DIR=str(tmp_path / "again"),
+        DEVICE="cpu",
+        PRECISION="float32",
+    )
     again = np.load(tmp_path / "again/subj09/lh_pred_test.npy")
     np.testing.assert_allclose(again, np.load(adapted / "submission/subj09/lh_pred_test.npy"), atol=1e-4)
 

@@ -75,6 +75,7 @@ def contents(folder):
 
 # ---- killed -------------------------------------------------------------------------------------
 
+
 def test_preparation_and_pca_survive_kills(pair, tmp_path, capsys):
     def run_both(data):
         run(prepare_data, CHALLENGE_DIR=str(pair), DATA_DIR=str(data))
@@ -130,6 +131,7 @@ def test_training_continues_bit_for_bit(fitted, tmp_path, capsys):
 
 # ---- damaged folders ----------------------------------------------------------------------------
 
+
 def remove(path):
     path.unlink()
 
@@ -176,7 +178,8 @@ damages = {
     "no labels": ("roi_masks/rh.streams_challenge_space.npy", remove, "challenge_space.npy is missing"),
     "mapping of names": (mapping, lambda p: np.save(p, {"V1": 1}), "expected a dict of integers to names"),
     "mapping array": (mapping, lambda p: np.save(p, np.arange(3)), "refused, it holds int64"),
-    "evil mapping": (mapping, lambda p: np.save(p, {1: Evil(p.with_name("touched"))}), "asks for pathlib.Path.touch|asks for"),
+    "evil mapping": (mapping, lambda p: np.save(p, {1: Evil(p.with_name("touched"))}),
+                     "asks for pathlib.Path.touch|asks for"),
     "no pictures": ("training_split/training_images", shutil.rmtree, "training_images is missing"),
 }  # fmt: skip
 
@@ -227,6 +230,7 @@ def test_picture_damaged_inside_leaves_old_data_alone(pair, tmp_path):
 
 
 # ---- mixed up, out of disk, from outside --------------------------------------------------------
+
 
 def test_inputs_are_not_mixed(pair, fitted, phase_2, tmp_path):
     """A PCA of other data, a checkpoint of another PCA, files of two preparations, an old finetuned.pt."""

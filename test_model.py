@@ -181,6 +181,7 @@ def test_loss_is_the_mean_over_all_vertices(space):
 
 # ---- crops --------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("crop_scale, image_size", [(0.8, 224), (0.3, 224), (0.5, 56)])
 def test_crops_are_torchvisions(crop_scale, image_size):
     rng = np.random.default_rng(0)
@@ -214,6 +215,7 @@ def test_random_boxes():
 
 
 # ---- scores -------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16])
 def test_r2_is_scikit_learns(stored):
@@ -253,6 +255,7 @@ def test_latents_in_float16_change_no_score():
 
 
 # ---- splits, order, schedule, micro-batches -----------------------------------------------------
+
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_splits_at_full_size(seed):
@@ -338,6 +341,7 @@ def test_micro_batches_add_up_to_the_batch(micro_batch):
 
 # ---- constants ----------------------------------------------------------------------------------
 
+
 def override(monkeypatch, stage, *arguments):
     """A copy of the stage's globals after the command line."""
     namespace = dict(vars(stage))
@@ -393,7 +397,8 @@ def test_unknown_constant_ends_the_process(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "stage, name, value",
     [
-        (prepare_data, "SEED", -1), (prepare_data, "WORKERS", -1), (fit_pca, "PASSES", 0), (train_head, "LATENT_DIM", 0),
+        (prepare_data, "SEED", -1), (prepare_data, "WORKERS", -1), (fit_pca, "PASSES", 0),
+        (train_head, "LATENT_DIM", 0),
         (train_head, "BATCH_SIZE", 1), (train_head, "MICRO_BATCH", 100), (train_head, "LEARNING_RATE", math.nan),
         (train_head, "BETAS", (2.0, 1.0)), (train_head, "FEATURE_DROPOUT", 1.0), (train_head, "CROP_SCALE", 0.0),
         (train_head, "DEVICE", "meta"), (train_head, "PRECISION", "half"), (finetune, "WEIGHT_DECAY", -1.0),

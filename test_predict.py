@@ -42,7 +42,7 @@ def squared(picture):
 
 @torch.no_grad()
 def plain_prediction(checkpoint, pictures, subject):
-    """(n_pictures, n_vertices of the common space) of PIL pictures by the formula in float64; subject: an index or None."""
+    """(n_pictures, n_vertices of the common space) of PIL pictures by the formula in float64; an index or None."""
     encoder = load_checkpoint(checkpoint)[0]
     head, latents = encoder.head, []
     for picture in pictures:
@@ -133,13 +133,19 @@ def test_own_pictures(finetuned, submission, subjects, fitted, tmp_path, capsys)
             picture.rotate(90).save(pictures / f"{i}.tiff", exif=exif)
         else:
             name = f"a, nsd-{path.stem[-5:]}" if i == 3 else f"{i}"
-            picture.save(pictures / f"{name}.{('png', 'bmp', 'webp')[i % 3]}", **{"lossless": True} if i % 3 == 2 else {})
+            picture.save(
+                pictures / f"{name}.{('png', 'bmp', 'webp')[i % 3]}", **{"lossless": True} if i % 3 == 2 else {}
+            )
     (pictures / "notes.txt").write_text("no picture")
     output = tmp_path / "out"
     options = dict(CHECKPOINT=str(checkpoint), IMAGES=str(pictures), SUBJECT="subj06,group", PRECISION="float32")
     run(predict, **options, OUTPUT_DIR=str(output), DATA_DIR=str(tmp_path / "none"), BATCH_SIZE=2, MAPS=0, GIFTI=0)
     out = capsys.readouterr().out
-    assert "centre-cropped to a square: 1 of" in out and "left out 1 files" in out and f"predicting with {checkpoint}" in out
+    assert (
+        "centre-cropped to a square: 1 of" in out
+        and "left out 1 files" in out
+        and f"predicting with {checkpoint}" in out
+    )
     n = len(subjects["subj06"].test_pictures)
     rows = read_csv(output / "pictures.csv")
     assert [int(row["row"]) for row in rows] == list(range(n))
@@ -178,10 +184,12 @@ def colours(tmp_path_factory):
 
 
 def test_files_of_a_handful(finetuned, fitted, colours, tmp_path, monkeypatch):
-    """Arrays, GIFTI, maps and the table of ROIs against the formula: hemispheres, subjects, group, areas in one piece."""
+    """Arrays, GIFTI, maps and the table of ROIs against the formula: hemispheres, subjects, group, whole areas."""
     folder, shown = colours
     drawn = {}
-    monkeypatch.setattr(results, "save_figure", lambda figure, path: drawn.update({str(path.relative_to(path.parents[1])): figure}))
+    monkeypatch.setattr(
+        results, "save_figure", lambda figure, path: drawn.update({str(path.relative_to(path.parents[1])): figure})
+    )
     run(predict, CHECKPOINT=str(finetuned), IMAGES=str(folder), SUBJECT="subj02,subj06,group", PRECISION="float32",
         OUTPUT_DIR=str(tmp_path), OUTLINES="floc-faces")  # fmt: skip
     data = prepare_data.load(fitted)
@@ -189,8 +197,15 @@ def test_files_of_a_handful(finetuned, fitted, colours, tmp_path, monkeypatch):
     rows = {}
     for row in read_csv(tmp_path / "rois.csv"):
         rows[row["picture"], row["subject"], row["roi_group"], row["roi"]] = row
-    expected = {name: plain_prediction(finetuned, shown.values(), s) for name, s in (("subj02", 1), ("subj06", 5), ("group", None))}
-    assert np.abs(expected["subj02"] - expected["group"]).mean() > 0.05 < np.abs(expected["subj02"] - expected["subj06"]).mean()
+    expected = {
+        name: plain_prediction(finetuned, shown.values(), s)
+        for name, s in (("subj02", 1), ("subj06", 5), ("group", None))
+    }
+    assert (
+        np.abs(expected["subj02"] - expected["group"]).mean()
+        > 0.05
+        < np.abs(expected["subj02"] - expected["subj06"]).mean()
+    )
     for subject, whole in expected.items():
         has = np.ones(len(left), bool) if subject == "group" else space.mask[int(subject[-1]) - 1].numpy()
         found = np.full(whole.shape, np.nan)
@@ -203,13 +218,20 @@ def test_files_of_a_handful(finetuned, fitted, colours, tmp_path, monkeypatch):
                 assert image.meta["AnatomicalStructurePrimary"] == {"lh": "CortexLeft", "rh": "CortexRight"}[hemi]
                 surface = image.darrays[0].data
                 index = space.vertices.numpy()[has & side]
-                assert surface.shape == (163842,) and np.array_equal(surface[index], found[i, has & side].astype(np.float32))
+                assert surface.shape == (163842,) and np.array_equal(
+                    surface[index], found[i, has & side].astype(np.float32)
+                )
                 assert np.isnan(np.delete(surface, index)).all()
             figure = drawn.pop(f"{subject}/{picture}.png")
             assert figure.get_suptitle() == f"{picture}, {subject}"
             maps = [image for axes in figure.axes for image in axes.images if image.get_cmap().name == "RdBu_r"]
             np.testing.assert_allclose(maps[0].get_array().filled(np.nan), flat_map.image(found[i]), rtol=1e-5)
-            seen = [image.get_array() for axes in figure.axes for image in axes.images if image.get_array().shape == (256, 256, 3)]
+            seen = [
+                image.get_array()
+                for axes in figure.axes
+                for image in axes.images
+                if image.get_array().shape == (256, 256, 3)
+            ]
             assert np.array_equal(seen[0], squared(shown[picture]))
             ends = maps[0].get_clim()
             assert ends[0] == -ends[1] and 0.95 < (np.abs(found[i][has]) <= ends[1]).mean()  # fits what is drawn
@@ -235,7 +257,10 @@ def test_files_of_a_handful(finetuned, fitted, colours, tmp_path, monkeypatch):
                         else:
                             assert row[column] == ""
             row = rows.pop((picture, subject, "all", "all"))
-            assert float(row["rh"]) == pytest.approx(found[i, has & ~left].mean(), rel=1e-4) and int(row["n_both"]) == has.sum()
+            assert (
+                float(row["rh"]) == pytest.approx(found[i, has & ~left].mean(), rel=1e-4)
+                and int(row["n_both"]) == has.sum()
+            )
     assert not rows and not drawn
 
 
@@ -289,7 +314,9 @@ def test_a_killed_call_continues(finetuned, colours, tmp_path, capsys):
     cut(folder / "z.png")
     trap = dies_at.format(name="results.ActivityWriter.write", n=2)
     assert finish(start(*command, before=trap))[0] == -signal.SIGKILL
-    assert not list(killed.glob("[!.]*")) and json.loads((killed / ".partial/predictions.json").read_text())["n_done"] == 2
+    assert (
+        not list(killed.glob("[!.]*")) and json.loads((killed / ".partial/predictions.json").read_text())["n_done"] == 2
+    )
     with open(killed / ".partial/subj06/activity_lh.npy", "ab") as file:
         file.write(b"half of a row")  # as a kill leaves it
     again = in_python | dict(OUTPUT_DIR=str(killed))
@@ -320,19 +347,31 @@ def test_a_killed_call_continues(finetuned, colours, tmp_path, capsys):
 
 
 def test_predictions_of_two_calls_never_mix(finetuned, phase_1, fitted, subjects, colours, tmp_path):
-    options = dict(CHECKPOINT=str(finetuned), IMAGES=str(colours[0]), SUBJECT="subj06", MAPS=0, OUTPUT_DIR=str(tmp_path))
+    options = dict(
+        CHECKPOINT=str(finetuned), IMAGES=str(colours[0]), SUBJECT="subj06", MAPS=0, OUTPUT_DIR=str(tmp_path)
+    )
     run(predict, **options)
     before = contents(tmp_path)
     (tmp_path / "subj06/mine.txt").write_text("kept")
     other = options | dict(CHECKPOINT=str(fitted.parent / "run/head.pt"), SUBJECT="subj02", GIFTI=0)
-    with pytest.raises(Problem, match="holds other predictions .*choose another OUTPUT_DIR, or --overwrite true replaces"):
+    with pytest.raises(
+        Problem, match="holds other predictions .*choose another OUTPUT_DIR, or --overwrite true replaces"
+    ):
         run(predict, **other)
     assert contents(tmp_path) == before | {"subj06/mine.txt": b"kept"}
     run(predict, **other, OVERWRITE=True)
     assert {path.name for path in (tmp_path / "subj06").iterdir()} == {"mine.txt"}
-    assert {path.name for path in tmp_path.glob("[!.]*")} == {"subj02", "subj06", "rois.csv", "pictures.csv", "predictions.json"}
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {
+        "subj02",
+        "subj06",
+        "rois.csv",
+        "pictures.csv",
+        "predictions.json",
+    }
     (tmp_path / "predictions.json").unlink()
-    with pytest.raises(Problem, match="holds pictures.csv, rois.csv, subj02 … but no predictions.json that says what made them"):
+    with pytest.raises(
+        Problem, match="holds pictures.csv, rois.csv, subj02 … but no predictions.json that says what made them"
+    ):
         run(predict, **other)
 
     submission = dict(DATA_DIR=str(fitted), CHECKPOINT=str(finetuned), SUBMISSION_DIR=str(tmp_path / "submission"))
@@ -344,7 +383,9 @@ def test_predictions_of_two_calls_never_mix(finetuned, phase_1, fitted, subjects
     run(predict, **submission | dict(CHECKPOINT=str(fitted.parent / "run/head.pt")), OVERWRITE=True)
     after = contents(tmp_path / "submission")
     assert after.keys() == before.keys() and after["submission.zip"] != before["submission.zip"]
-    rows = [(row["subject"], int(row["row"]), int(row["nsd_id"])) for row in read_csv(tmp_path / "submission/pictures.csv")]
+    rows = [
+        (row["subject"], int(row["row"]), int(row["nsd_id"])) for row in read_csv(tmp_path / "submission/pictures.csv")
+    ]
     paths = {name: files.test_pictures for name, files in subjects.items()}
     assert rows == [(name, i, int(path.stem[-5:])) for name in paths for i, path in enumerate(paths[name])]
     with zipfile.ZipFile(tmp_path / "submission/submission.zip") as archive:
@@ -361,10 +402,13 @@ def test_contrast_is_scipys_t_test(finetuned, fitted, tmp_path):
         (tmp_path / side).mkdir()
         sides[side] = []
         for i in range(n):
-            picture = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((60, 60), Image.Resampling.NEAREST)
+            picture = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(
+                (60, 60), Image.Resampling.NEAREST
+            )
             picture.save(tmp_path / side / f"{i}.png")
             sides[side].append(picture)
-    run(predict, CHECKPOINT=str(finetuned), IMAGES=str(tmp_path / "faces"), CONTRAST=str(tmp_path / "places"), BATCH_SIZE=2,
+    run(predict, CHECKPOINT=str(finetuned), IMAGES=str(tmp_path / "faces"), CONTRAST=str(tmp_path / "places"),
+        BATCH_SIZE=2,
         SUBJECT="subj08,group", OUTPUT_DIR=str(tmp_path / "out"), PRECISION="float32")  # fmt: skip
     space = prepare_data.load(fitted).space
     left = np.arange(space.n_vertices) < space.n_lh
@@ -419,7 +463,9 @@ def test_several_checkpoints_are_averaged(finetuned, phase_1, fitted, subset, co
     ensemble.activity(list(colours[1].values()), "subj01", batch_size=2)
     assert len(passes) == 2 * 2  # batches, trunks
 
-    run(train_head, DATA_DIR=str(subset), RUN_DIR=str(tmp_path / "two"), **both | dict(STEPS=1, WARMUP_STEPS=0), **small)
+    run(
+        train_head, DATA_DIR=str(subset), RUN_DIR=str(tmp_path / "two"), **both | dict(STEPS=1, WARMUP_STEPS=0), **small
+    )
     with pytest.raises(Problem, match="differ in their subjects, vertices, expected checkpoints of one vertex space"):
         predict.load_encoder([finetuned, tmp_path / "two/head.pt"])
     submission = dict(DATA_DIR=str(fitted), SUBMISSION_DIR=str(tmp_path / "submission"))
@@ -442,7 +488,9 @@ def test_which_checkpoint_predicts(phase_1, fitted, tmp_path, capsys):
     made = load_checkpoint(run_dir / "finetuned.pt")[2]
     out = capsys.readouterr().out
     assert f"predicting with {run_dir / 'finetuned.pt'}" in out and f"fingerprint {made['fingerprint']}" in out
-    with pytest.raises(Problem, match="run is a folder, expected a checkpoint's file, such as .*finetuned.pt or .*head.pt$"):
+    with pytest.raises(
+        Problem, match="run is a folder, expected a checkpoint's file, such as .*finetuned.pt or .*head.pt$"
+    ):
         predict.choose_checkpoint(str(run_dir), "")
     other.mkdir()
     with pytest.raises(Problem, match="other is a folder, expected a checkpoint's file, such as .*finetuned.pt$"):
@@ -504,7 +552,9 @@ def test_pictures_of_every_kind_from_python(finetuned, colours, tmp_path):
         for hemi in hemis:
             assert np.array_equal(getattr(found, hemi), np.load(tmp_path / f"subj06/activity_{hemi}.npy"))
     single = np.asarray(shown["red"])
-    parts = [encoder.activity(x, "subj06")["subj06"].rh for x in (single, single[None], shown["red"], folder / "red.png")]
+    parts = [
+        encoder.activity(x, "subj06")["subj06"].rh for x in (single, single[None], shown["red"], folder / "red.png")
+    ]
     assert all(np.array_equal(part, parts[0]) and len(part) == 1 for part in parts)
     assert list(encoder.activity(single)) == [f"subj{i:02}" for i in range(1, 9)] + ["group"]
     chunks = encoder.activity([shown[name] for name in names], "subj06", batch_size=2)["subj06"]

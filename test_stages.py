@@ -40,6 +40,7 @@ beside = {"submission.zip", "pictures.csv", "predictions.json"}  # of the subjec
 
 # ---- preparation and PCA ------------------------------------------------------------------------
 
+
 def test_prepared_data_are_the_files(prepared, subjects):
     data, facts_of_id = prepare_data.load(prepared), {}
     assert data.space.subjects == list(subjects) == [f"subj{i:02d}" for i in range(1, 9)]
@@ -153,11 +154,14 @@ def test_default_passes_of_the_pca_are_enough(fitted):
     best = PCA(24, svd_solver="full").fit(train)
     other = PCA(24, svd_solver="randomized", iterated_power=3, random_state=0).fit(train)  # 8 products
     total = best.explained_variance_.sum()
-    ours, theirs = (1 - (train @ b).var(0, ddof=1).sum() / total for b in (components.double().numpy(), other.components_.T))
+    ours, theirs = (
+        1 - (train @ b).var(0, ddof=1).sum() / total for b in (components.double().numpy(), other.components_.T)
+    )
     assert -1e-6 < ours < theirs < 0.01
 
 
 # ---- training -----------------------------------------------------------------------------------
+
 
 def test_training_sees_the_training_samples_with_their_targets(phase_1, fitted, subjects):
     """Batches against the files: every sample once an epoch, nothing of the other splits."""
@@ -281,6 +285,7 @@ def test_trained_embedding_on_a_subset(subset, tmp_path, capsys):
 
 # ---- predictions and scores ---------------------------------------------------------------------
 
+
 @torch.no_grad()
 def plain_prediction(encoder, paths, subject):
     """(n_pictures, n_vertices): files one by one through Pillow, torchvision and the encoder."""
@@ -369,7 +374,10 @@ def test_scores_are_scikit_learns_and_scipys(submission, challenge, fitted, subj
     a, b = (np.load(tmp_path / x / "vertices.npz") for x in "ab")
     expected = {"r2": [], "r": [], "challenge": []}
     for s, name in enumerate(subjects):
-        y, ceiling = original_test(challenge, name), original_test(challenge, name, "noise_ceiling/{}_noise_ceiling.npy")
+        y, ceiling = (
+            original_test(challenge, name),
+            original_test(challenge, name, "noise_ceiling/{}_noise_ceiling.npy"),
+        )
         mine = subjects[name].present
         prediction = np.concatenate([np.load(submission / name / f"{h}_pred_test.npy") for h in hemis], axis=1)
         expected["r2"].append(r2_of_vertices(y, prediction))
@@ -389,7 +397,9 @@ def test_scores_are_scikit_learns_and_scipys(submission, challenge, fitted, subj
         assert found == pytest.approx({"median": np.median(whole), "mean": np.mean(whole)}, abs=1e-5)
         assert scores["subj06"][metric]["mean"] == pytest.approx(parts[5].mean(), abs=1e-5)
     rows = list(csv.DictReader((tmp_path / "a/scores.csv").open()))
-    where = dict(subject="subj02", hemisphere="rh", roi_group="prf-visualrois", roi="V2v", metric="r", prediction="subject")
+    where = dict(
+        subject="subj02", hemisphere="rh", roi_group="prf-visualrois", roi="V2v", metric="r", prediction="subject"
+    )
     (row,) = (row for row in rows if where.items() <= row.items())
     labels = np.load(challenge / "subj02/roi_masks/rh.prf-visualrois_challenge_space.npy")
     v2v = expected["r"][1][-len(labels) :][labels == 3]

@@ -22,7 +22,9 @@ from model import Encoder, Head, dropout_mask, kept_of_65536
 from test_model import Patches
 
 cpu = torch.device("cpu")
-quick = both | small | dict(LAYERS="blocks.0", BATCH_SIZE=16, WARMUP_STEPS=0, STEPS=4, VALIDATE_EVERY=2, LEARNING_RATE=0.01)
+quick = (
+    both | small | dict(LAYERS="blocks.0", BATCH_SIZE=16, WARMUP_STEPS=0, STEPS=4, VALIDATE_EVERY=2, LEARNING_RATE=0.01)
+)
 
 
 # ---- loss scaling -------------------------------------------------------------------------------
@@ -74,7 +76,9 @@ def test_features_of_60000_train_in_float16():
 
 
 def test_a_skipped_step_leaves_nothing():
-    features = {f"blocks.{i}": torch.randn(8, 4, 48, generator=torch.Generator().manual_seed(i)).half() for i in range(2)}
+    features = {
+        f"blocks.{i}": torch.randn(8, 4, 48, generator=torch.Generator().manual_seed(i)).half() for i in range(2)
+    }
     learner, batch = scaled_learner(features, dropout=0.0)
     train_step(learner, batch)
     before = {name: v.clone() for name, v in learner.encoder.state_dict().items()}
@@ -92,7 +96,9 @@ def test_a_skipped_step_leaves_nothing():
 
 def test_the_loss_is_scaled_before_backward():
     """Gradients of a loss of 1e-7 vanish in float16 unless scaled: float32 makes the expected ones."""
-    features = {f"blocks.{i}": torch.randn(8, 4, 48, generator=torch.Generator().manual_seed(i)).half() for i in range(2)}
+    features = {
+        f"blocks.{i}": torch.randn(8, 4, 48, generator=torch.Generator().manual_seed(i)).half() for i in range(2)
+    }
     gradients = []
     for precision in (torch.float16, torch.float32):
         learner, batch = scaled_learner({name: x.to(precision) for name, x in features.items()}, dropout=0.0)
@@ -101,7 +107,11 @@ def test_the_loss_is_scaled_before_backward():
         learner.update = lambda step: None
         batch |= {"latents": 1e-4 * batch["latents"]}
         with torch.no_grad():
-            for p in (learner.encoder.head.shared, learner.encoder.head.subject_weight, learner.encoder.head.subject_bias):
+            for p in (
+                learner.encoder.head.shared,
+                learner.encoder.head.subject_weight,
+                learner.encoder.head.subject_bias,
+            ):
                 p *= 1e-4
         train_step(learner, batch)
         scale = learner.scaler.get_scale()
@@ -182,7 +192,13 @@ def test_an_unfinished_phase_1_is_told(fitted, tmp_path, monkeypatch, capsys):
     with pytest.raises(Problem, match="has not ended(?s:.)*--allow_unfinished true"):
         run(finetune, **phase_2)
     run(finetune, **phase_2, ALLOW_UNFINISHED=True)
-    run(predict, DATA_DIR=str(fitted), CHECKPOINT=str(tmp_path / "head.pt"), SUBMISSION_DIR=str(tmp_path / "s"), DEVICE="cpu")
+    run(
+        predict,
+        DATA_DIR=str(fitted),
+        CHECKPOINT=str(tmp_path / "head.pt"),
+        SUBMISSION_DIR=str(tmp_path / "s"),
+        DEVICE="cpu",
+    )
     assert "training that has not ended" in capsys.readouterr().out
     # a state is of no use without its checkpoint, nor with another's
     (tmp_path / "head.pt").rename(tmp_path / "elsewhere.pt")
@@ -265,11 +281,23 @@ def float64_learner():
     return learner, batch | {"residual": torch.rand(12, generator=generator, dtype=torch.float64)}
 
 
+dies_in_the_fourth_step = """
+import os, runpy, signal, sys
+sys.path.insert(0, {here!r})
+import batches
+prepare = batches.Batches.prepare
+def die(self, step):
+    if step == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return prepare(self, step)
+batches.Batches.prepare = die
+runpy.run_path({here!r} + "/train_head.py", run_name="__main__")
+"""
+
+
 def torchrun(n, script, *arguments, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), script, *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here, **options
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here, **options)
 
 
 def ended(process, seconds=150):
@@ -305,7 +333,9 @@ def test_both_phases_in_many_processes(fitted, tmp_path):
     process, to rounding."""
     settings = both | small | dict(DATA_DIR=str(fitted), LAYERS="blocks.{0,1}", BATCH_SIZE=24, VALIDATE_EVERY=2)
     settings |= dict(STEPS=6, LEARNING_RATE=0.01)
-    second = both | dict(DATA_DIR=str(fitted), BATCH_SIZE=12, STEPS=3, WARMUP_STEPS=1, LEARNING_RATE=1e-3, VALIDATE_EVERY=2)
+    second = both | dict(
+        DATA_DIR=str(fitted), BATCH_SIZE=12, STEPS=3, WARMUP_STEPS=1, LEARNING_RATE=1e-3, VALIDATE_EVERY=2
+    )
     run(train_head, **settings, RUN_DIR=str(tmp_path / "one"))
     run(finetune, **second, RUN_DIR=str(tmp_path / "one"))
 
@@ -314,11 +344,7 @@ def test_both_phases_in_many_processes(fitted, tmp_path):
 
     folder = ["--run_dir", tmp_path / "many"]
     trap = tmp_path / "train_head.py"  # its second process dies in the fourth step
-    trap.write_text(
-        f"import os, runpy, signal, sys\nsys.path.insert(0, {str(here)!r})\nimport batches\nprepare = batches.Batches.prepare\n"
-        "def die(self, step):\n    if step == 3 and os.environ['RANK'] == '1':\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"    return prepare(self, step)\nbatches.Batches.prepare = die\nrunpy.run_path({str(here / 'train_head.py')!r}, run_name='__main__')\n"
-    )
+    trap.write_text(dies_in_the_fourth_step.format(here=str(here)))
     code, _, err = ended(torchrun(2, trap, *folder, *options(settings)))
     assert code == 1 and err.count("error: another process ended") == 1
     assert read_checkpoint(tmp_path / "many/head.pt")["step"] == 2

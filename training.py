@@ -240,7 +240,9 @@ class Validation:
         own = [s for s in range(len(self.rows)) if s % processes.world_size() == processes.rank()]
         mine = {s: self.score_subject(s, encoders, latents) for s in own if len(self.rows[s])}
         found = {s: scored for part in processes.gather_objects(mine) for s, scored in part.items()}
-        return [self.summary([found.get(s, {}).get(i) for s in range(len(self.rows))], name) for i in range(len(encoders))]
+        return [
+            self.summary([found.get(s, {}).get(i) for s in range(len(self.rows))], name) for i in range(len(encoders))
+        ]
 
     @torch.inference_mode()
     def score_subject(self, s, encoders, latents):
@@ -350,7 +352,8 @@ class Training:
         if epochs < 10:
             print(
                 f"{self.steps} steps of {s.BATCH_SIZE} are {epochs:.1f} epochs of these samples (report: "
-                f"{'40' if self.stage != 'finetune' else '6'}): with little data more steps or a smaller batch may help (README)"
+                f"{'40' if self.stage != 'finetune' else '6'}): with little data more steps or a smaller "
+                "batch may help (README)"
             )
 
     def check_disk(self):
@@ -440,7 +443,9 @@ class Training:
             for learner in self.learners:
                 learner.replaces = is_trained(learner.output)
             return True
-        if all(s["progress"]["step"] == l.settings.STEPS or s["progress"]["failed"] for s, l in zip(states, self.learners)):
+        if all(
+            s["progress"]["step"] == l.settings.STEPS or s["progress"]["failed"] for s, l in zip(states, self.learners)
+        ):
             for learner, state in zip(self.learners, states):
                 learner.progress = Progress(**state["progress"])
             if not self.tolerant:
@@ -562,8 +567,8 @@ def check_checkpoint_of(path, learner):
     """A state is of no use without the best checkpoint that it speaks of."""
     if not learner.output.exists():
         raise Problem(
-            f"{path} belongs to a run whose checkpoint {learner.output} is gone: put it back, choose another RUN_DIR, or "
-            "start anew with --overwrite true"
+            f"{path} belongs to a run whose checkpoint {learner.output} is gone: put it back, choose another "
+            "RUN_DIR, or start anew with --overwrite true"
         )
     check_same_inputs(learner.output, [read_checkpoint(learner.output)["made_with"]], [learner])
 
@@ -583,8 +588,8 @@ def check_same_inputs(path, before, learners):
             command = shlex.join(["python", Path(sys.argv[0]).name, *arguments, "--precision", there["precision"]])
             mend = f"this hardware chose another one; {command} continues it; "
         raise Problem(
-            f"{path} belongs to a run with other inputs:\n{listed}\n{mend}or choose another RUN_DIR, or start anew with "
-            "--overwrite true"
+            f"{path} belongs to a run with other inputs:\n{listed}\n{mend}or choose another RUN_DIR, or start anew "
+            "with --overwrite true"
         )
 
 
@@ -633,7 +638,9 @@ def check_settings(settings):
     )  # fmt: skip
     n = processes.world_size()
     if s.BATCH_SIZE % n:
-        raise Problem(f"BATCH_SIZE is {s.BATCH_SIZE}, which {n} processes do not divide; --nproc_per_node needs a divisor")
+        raise Problem(
+            f"BATCH_SIZE is {s.BATCH_SIZE}, which {n} processes do not divide; --nproc_per_node needs a divisor"
+        )
     if s.MICRO_BATCH and (s.MICRO_BATCH == 1 or s.BATCH_SIZE % (s.MICRO_BATCH * n)):
         whole = f"BATCH_SIZE {s.BATCH_SIZE}" + (f" over {n} processes" if n > 1 else "")
         raise Problem(f"MICRO_BATCH is {s.MICRO_BATCH}, expected 0 or a divisor of {whole} above 1")
