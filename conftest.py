@@ -252,7 +252,7 @@ def evaluation(phase_2, challenge, fitted):
         panels = [
             SimpleNamespace(
                 title=axes.get_title(), shown=[np.ma.filled(image.get_array(), np.nan) for image in axes.images],
-                lines=[line.get_xydata() for line in axes.lines], texts=[text.get_text() for text in axes.texts],
+                lines=[path.vertices for lines in axes.collections for path in lines.get_paths()],
             )
             for axes in figure.axes
         ]  # fmt: skip
@@ -262,5 +262,5 @@ def evaluation(phase_2, challenge, fitted):
         patch.setattr(evaluate, "save_figure", spy)
         patch.setattr(scores, "fewest_pictures", 5)
         run(evaluate, **folders, SPLIT="challenge", OUTPUT_DIR=str(folder), PRECISION="float32", RESAMPLES=50,
-            EXAMPLE_SUBJECT="subj02", OUTLINES="streams")  # fmt: skip
+            EXAMPLE_SUBJECT="subj06", OUTLINES="streams")  # fmt: skip
     return SimpleNamespace(folder=folder, figures=drawn)
