@@ -236,6 +236,7 @@ def submission(phase_2, fitted):
     process = run_process("predict.py", *options, "--precision=float32", "--device", "cpu")
     assert process.returncode == 0, process.stderr
     assert f"predicting with {run_dir / 'finetuned.pt'}" in process.stdout
+    shutil.copy(run_dir / "finetuned_scores.json", fitted.parent / "submission_scores.json")  # others predict here too
     return folder
 
 

@@ -347,7 +347,7 @@ def test_submission_file_by_file(submission, subjects, fitted):
 
 
 def test_private_test_scores(submission, subjects, fitted):
-    found = json.loads((fitted.parent / "run" / "finetuned_scores.json").read_text())
+    found = json.loads((fitted.parent / "submission_scores.json").read_text())
     loss, scores = plain_scores(fitted.parent / "run" / "finetuned.pt", fitted, subjects, "test")
     np.testing.assert_allclose(found["test_loss"], loss, rtol=1e-4)
     # two or three pictures a subject: R² of minus some tens
