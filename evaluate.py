@@ -51,7 +51,6 @@ DEVICE = "auto"  # auto, cpu, cuda or cuda:N
 
 n_examples = 6  # of figure 4b
 few_pictures = 100  # of a subject; below, the tables warn
-split_titles = {"val": "validation", "test": "private test", "challenge": "the organisers' held-out pictures"}
 
 
 # ---- what is scored -----------------------------------------------------------------------------
@@ -221,20 +220,8 @@ def choose_examples(rows, nsd_ids, activity, prediction, has):
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def show(number, digits=4):
-    return "–" if number is None or np.isnan(number) else f"{number:.{digits}f}"
-
-
 def show_interval(ends):
     return "–" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
-
-
-def describe_count(scored, unit="pictures"):
-    """How many pictures a split's numbers rest on."""
-    counts = [n for n in scored.n_images.values() if n]
-    least, most = min(counts), max(counts)
-    each = f"{least}" if least == most else f"{least} to {most}"
-    return f"{each} {unit} a subject, {scored.n_pictures} different ones"
 
 
 def print_tables(scored, space):
@@ -248,7 +235,7 @@ def print_tables(scored, space):
         n_vertices = pick(scored.table, "n_vertices", prediction=prediction, metric="r2", **overall)
         for subject, metrics in subjects.items():
             numbers = [metrics[metric][value] if metric in metrics else None for value, metric in columns]
-            cells = [show(number) for number in numbers]
+            cells = [report.show(number) for number in numbers]
             cells.insert(1, show_interval(metrics["r2"]["median_95"]))
             cells = (f"{cell:>{width}}" for cell, width in zip(cells, widths))
             print(f"{prediction:10} {subject:8} {counts[subject]:7} {n_vertices[subject]:9}", *cells)
@@ -272,11 +259,11 @@ def print_number(scored, reported):
         print("no private test pictures: --split challenge, on the organisers' held-out ones, gives a number to report")
         return
     found = reported.headlines["subject"]["all"]
-    number = f"median R² {show(found['r2']['median'])} (95 % interval {show_interval(found['r2']['median_95'])})"
+    number = f"median R² {report.show(found['r2']['median'])} (95 % interval {show_interval(found['r2']['median_95'])})"
     if "challenge" in found:
         challenge = found["challenge"]
-        number += f", challenge score {show(challenge['mean'])} ({show_interval(challenge['mean_95'])})"
-    print(f"the number to report: {number} on {split_titles[reported.split]}, {describe_count(reported)}")
+        number += f", challenge score {report.show(challenge['mean'])} ({show_interval(challenge['mean_95'])})"
+    print(f"the number to report: {number} on {report.split_names[reported.split]}, {report.count_pictures(reported)}")
 
 
 def without_nan(found):
@@ -316,16 +303,16 @@ def write_scores(output, what, scored, reported, ceilings, space):
 
 
 def draw_figures(data, scored, example, checkpoints):
-    """-> {file name: figure}, of what there is something to draw for. checkpoints: [(path, encoder, its dict)];
+    """-> {file name: figure}, of what there is something to draw for. checkpoints: [(path, its dict, encoder)];
     figures 2 and 3 show one checkpoint, so with several or with none, a submission, they are left out."""
     space, flat_map, drawn = data.space, FlatMap(data.space, FSAVERAGE_DIR), {}
     if len(checkpoints) > 1:
         print("no figures 2 and 3: several checkpoints are averaged, these figures are of one")
-    for path, encoder, made in checkpoints if len(checkpoints) == 1 else ():
+    for path, checkpoint, encoder in checkpoints if len(checkpoints) == 1 else ():
         drawn["figure_2a_pooling_maps"] = figures.figure_2a(*figures.pooling_exemplars(encoder, SEED))
         components = figures.components(encoder, data, DATA_DIR)
         drawn["figure_2b_components"] = figures.figure_2b(*components, flat_map, OUTLINES)
-        phases = figures.training_curves(path, made)
+        phases = figures.training_curves(path, checkpoint)
         if phases:
             drawn["figure_3_loss_curves"] = figures.figure_3(phases)
     maps = figures.r2_maps(scored.scores, scored.table, space)
@@ -360,10 +347,10 @@ def main():
         remedy = f"point DATA_DIR ({DATA_DIR}) to the data it was trained on"
         ensemble, data = load_for(data, choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, remedy)
         space = data.space
-        for path, made in ensemble.checkpoints:
-            check_scorable(path, made, data, split)
+        for path, checkpoint in ensemble.checkpoints:
+            check_scorable(path, checkpoint, data, split)
         ensemble.describe()
-        checkpoints = [(path, encoder, made) for (path, made), encoder in zip(ensemble.checkpoints, ensemble.encoders)]
+        checkpoints = [(*known, encoder) for known, encoder in zip(ensemble.checkpoints, ensemble.encoders)]
         paths = [path for path, _, _ in checkpoints]
         source, stems = ",".join(map(str, paths)), "_".join(path.stem for path in paths)
         folder = paths[0].parent / f"evaluation_{stems}_{split}"
@@ -371,7 +358,7 @@ def main():
         what |= {"precision": str(ensemble.precision)[6:], "checkpoints": ensemble.record()}
     what["constants"] = constants(globals())
     output = Path(OUTPUT_DIR or folder)
-    print(f"scoring {source} on {split_titles[split]}")
+    print(f"scoring {source} on {report.split_names[split]}")
     ceilings = read_ceilings(space)
     scored = reported = measure(data, split, predictions, ceilings, example, device)
     if split == "val":  # chose the checkpoint; the private test did not

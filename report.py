@@ -35,7 +35,7 @@ widest = 1600  # px of a figure in the page
 hemisphere_gap = 60  # mm that either inflated hemisphere is moved aside, as both lie around the origin
 
 
-def number(value, digits=4):
+def show(value, digits=4):
     return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -43,7 +43,7 @@ def with_interval(found, value):
     """A headline and its 95 % interval as HTML."""
     ends = found[f"{value}_95"]
     between = f' <span class="interval">{ends[0]:.4f} to {ends[1]:.4f}</span>' if ends else ""
-    return f"{number(found[value])}{between}"
+    return f"{show(found[value])}{between}"
 
 
 def html_table(columns, rows, name=""):
@@ -118,11 +118,11 @@ def headline_tables(scored, reported, ceilings, unit):
     parts = list({part.split: part for part in (reported, scored) if part is not None}.values())
     rows, missing = [row for part in parts for row in headline_rows(part, False)], ("–", "nan")
     for name, (r2, challenge) in published.items():
-        cells = [(number(r2), r2), missing, missing, (number(challenge, 3), challenge)]
+        cells = [(show(r2), r2), missing, missing, (show(challenge, 3), challenge)]
         rows.append([name, "subject", "all", missing, *cells])
     known = ceilings[~np.isnan(ceilings)]
     if len(known):
-        cells = [(number(value), value) for value in (np.median(known), np.mean(known))]
+        cells = [(show(value), value) for value in (np.median(known), np.mean(known))]
         rows.append(["noise ceiling of R²", "", "all", missing, *cells, missing, missing])
     note = (
         f"<p>Medians and means are over {unit}; “all” pools those of all subjects, “pictures” then counts one for "
@@ -155,7 +155,7 @@ def roi_table(scored, space):
             for *what, value in parts:
                 row = found.get((subject, *place, *what))
                 v = row[value] if row else np.nan
-                cells.append((str(v) if value == "n_vertices" else number(v, 3), v))
+                cells.append((str(v) if value == "n_vertices" else show(v, 3), v))
             rows.append(cells)
     options = "".join(f"<option>{escape(name)}</option>" for name in ["all", *space.subjects, "every subject"])
     choice = f'<p><label>Subject: <select id="of-subject">{options}</select></label></p>'
@@ -244,12 +244,13 @@ def what_made(what):
     """What was scored and what made it; long lists are folded."""
     plain = {name: value for name, value in what.items() if not isinstance(value, (dict, list))}
     folded = {"versions": versions(), "constants of evaluate.py": what["constants"]}
-    folded |= {f"checkpoint {made['path']}": made for made in what.get("checkpoints", ())}
+    folded |= {f"checkpoint {part['path']}": part for part in what.get("checkpoints", ())}
     parts = (f"<details><summary>{escape(name)}</summary>{facts(value)}</details>" for name, value in folded.items())
     return facts(plain) + "".join(parts)
 
 
 style = """
+* { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1160px; margin: 0 auto; padding: 0 16px 40px; }
 h1 { font-size: 1.6em; line-height: 1.2; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
 h1, p, dd, summary, figcaption { overflow-wrap: anywhere; }
@@ -322,7 +323,7 @@ if (ofMap) {
 def write_report(path, what, scored, reported, ceilings, space, pictures):
     """what: {name: value} of what was scored; scored: evaluate.Scored; reported: that of the split whose number is
     the one to report, or None; ceilings (n_subjects, n_vertices); pictures: {name: path of a figure}."""
-    sources = [made["path"] for made in what.get("checkpoints", ())] or [what["submission"]]
+    sources = [checkpoint["path"] for checkpoint in what.get("checkpoints", ())] or [what["submission"]]
     title = f"{', '.join(sources)} on {split_names[scored.split]}"
     content = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
