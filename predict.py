@@ -360,6 +360,8 @@ def predict_pictures(ensemble):
     with ThreadPoolExecutor() as pool:
         stamps = list(check_headers(pictures, pool).values())
         draws = {"GIFTI": n <= GIFTI and ensemble.space.unit == "vertices", "MAPS": n <= MAPS}
+        if ensemble.space.unit != "vertices":
+            print("pixels of NSD-Flat have no place on fsaverage: no GIFTI files, no ROIs")
         inputs = {"kind": "activity", "pictures": fingerprint(names), "stamps": fingerprint(stamps)}
         inputs |= {"ARRAY_TYPE": ARRAY_TYPE, **draws}
         if draws["MAPS"]:
