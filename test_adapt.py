@@ -18,7 +18,7 @@ import finetune
 import predict
 import prepare_data
 import ridge
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import check_scorable, load_checkpoint, save_checkpoint
 from common import Problem
 from conftest import hemis, r2_of_vertices, run
 from model import of_features
@@ -207,6 +207,11 @@ def test_adapted_is_the_least_squares_solution_of_the_training_pictures(
     prediction = after.predict(images, [8])[0].numpy()[:, columns]
     expected = mean + (h @ (shared + expected_weight).T + expected_bias) @ rows.T
     np.testing.assert_allclose(prediction, expected, atol=1e-3 * np.abs(expected).max())
+
+    if bias_count == 2:  # the authors' own people are not scored on these splits, the new person is
+        check_scorable(adapted / "adapted.pt", made, prepared, "val")
+        with pytest.raises(Problem, match="the authors' weights"):
+            check_scorable(adapted / "adapted.pt", made, prepare_data.load(fitted), "val")
 
     # the others, and the group, to the bit
     before = load_checkpoint(path)[0]
