@@ -322,6 +322,7 @@ def plot_curve(curve, n_scored):
             panel.plot(n, mean, color=colours[method], label=titles[method], marker="o", markersize=4)
         panel.set_xscale("symlog", linthresh=10, linscale=0.5)
         ticks = sorted({row[0] for row in curve})
+        ticks = [n for n in ticks[:-1] if n < 0.7 * ticks[-1]] + ticks[-1:]  # labels apart
         panel.set_xticks(ticks, [f"{n:,}" for n in ticks], minor=False)
         panel.set_xticks([], minor=True)
         panel.set(xlabel="pictures used", ylabel=label)
