@@ -281,7 +281,7 @@ def test_intervals_stand_in_the_scores(evaluation, expected, challenge, subjects
         for subject, (metric, value) in product(("all", "subj04", "subj08"), cases):
             numbers = found[prediction][subject][metric]
             wanted = scores.interval(numbers[value], bootstrap.resampled(subject, prediction, metric)[value])
-            same(numbers[f"{value}_95"], wanted, 0.01)
+            same(numbers[f"{value}_95"], wanted, 1e-3)
             assert numbers[f"{value}_95"][0] < numbers[value] < numbers[f"{value}_95"][1]
 
 
