@@ -467,8 +467,10 @@ def write_contrast(results, ensemble, subjects, sides, pool):
         if MAPS:
             labels = {"difference": "difference of predicted activity (z)", "t": "t over pictures"}
             title = f"{subject}: {' less '.join(f'{Path(folder).name} ({len(p)})' for folder, p in sides.items())}"
+            outlines = flat_map.outlines(OUTLINES, s)
             for name, values in maps.items():
-                outlines = flat_map.outlines(OUTLINES, s)
+                if np.isnan(values).all():  # t of single pictures
+                    continue
                 figure = draw_map(title, None, values, fit_limits([values]), labels[name], flat_map, outlines)
                 save_figure(figure, results.path(f"{subject}/{name}.png"))
     results.write_table("rois.csv", rows)
