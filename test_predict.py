@@ -27,6 +27,7 @@ import train_head
 from checkpoint import load_checkpoint
 from common import Problem
 from conftest import both, cut, finish, here, hemis, plain_input, png_claiming, run, small, start
+from ensemble import choose_checkpoint
 
 
 # ---- an independent prediction ------------------------------------------------------------------
@@ -499,7 +500,7 @@ def test_which_checkpoint_predicts(phase_1, fitted, tmp_path, capsys):
     with pytest.raises(
         Problem, match="run is a folder, expected a checkpoint's file, such as .*finetuned.pt or .*head.pt$"
     ):
-        predict.choose_checkpoint(str(run_dir), "")
+        choose_checkpoint(str(run_dir), "")
     other.mkdir()
     with pytest.raises(Problem, match="other is a folder, expected a checkpoint's file, such as .*finetuned.pt$"):
         predict.load_encoder(str(other))
