@@ -32,6 +32,7 @@ from common import (
     Problem, check_disk, check_least, choose_device, choose_precision, constants, differences, fingerprint,
     is_subject_name, progress, run_script, sole_writer, write_whole,
 )  # fmt: skip
+from ensemble import choose_checkpoint, describe_checkpoint
 from flatmap import save_figure
 from model import Encoder, Space, of_features
 from results import csv_bytes
@@ -416,7 +417,7 @@ def main():
         raise Problem(f"SUBJECT is {SUBJECT!r}, expected a name of letters, digits and _.-, but not all or group")
     device = choose_device(DEVICE)
     precision = choose_precision(PRECISION, device)
-    path = predict.choose_checkpoint(CHECKPOINT, RUN_DIR)
+    path = choose_checkpoint(CHECKPOINT, RUN_DIR)
     files, stamps = read_person()
     output = Path(OUTPUT_DIR or Path("runs") / SUBJECT)
     with sole_writer(output, "adapt.py"):
@@ -438,7 +439,7 @@ def adapt(path, files, stamps, output, device, precision):
     }  # fmt: skip
     if is_adapted(output / "adapted.pt", inputs):
         return
-    predict.describe_checkpoint(path, made)
+    describe_checkpoint(path, made)
     trained, is_all = trained_pictures(made)
     if not is_all:
         print(f"{path} does not say which pictures it was trained on: held-out ones among them cannot be left out")

@@ -56,6 +56,7 @@ import train_head
 import training
 from checkpoint import load_checkpoint
 from common import Problem, choose_device, choose_precision, constants, peak_resident, run_script, versions
+from ensemble import Ensemble
 from model import Crops, Encoder, Head, Space, Trunk, autocast, picture_size, random_boxes, smallest_crop
 from scores import r2_score
 
@@ -518,7 +519,7 @@ def part_predict(device, precision, folder):
         Encoder(trunk, head).to(device).eval(),
         dict(fingerprint="", step=0, finished=True, scores={}, made_with={}),
     )
-    ensemble = predict.Ensemble([encoder], random_space(), [("random weights", made)], precision)
+    ensemble = Ensemble([encoder], random_space(), [("random weights", made)], precision)
     constants_of = dict(
         IMAGES=str(folder / "pictures"), OUTPUT_DIR=str(folder / "predictions"), OVERWRITE=True, MAPS=0, GIFTI=0
     )

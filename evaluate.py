@@ -26,8 +26,8 @@ import prepare_data
 import report
 from checkpoint import check_scorable
 from common import Problem, check_least, choose_device, constants, run_script, versions, write_whole
+from ensemble import choose_checkpoints, load_for
 from flatmap import FlatMap, save_figure
-from predict import choose_checkpoints, load_for
 from results import csv_bytes
 from scores import Bootstrap, headlines, overall, pick, sample_r2, score, summarise
 

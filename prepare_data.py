@@ -589,7 +589,7 @@ class Prepared:
     n_training_images: int  # the first rows of images; the rest occurs in tests only
     fingerprint: str
     test_activity: np.ndarray | None = None  # (n_test_samples, n_vertices), mapped; of NSD-Flat only
-    # of a checkpoint of other data, see predict.load_for; both are left out of scores
+    # of a checkpoint of other data, see ensemble.load_for; both are left out of scores
     trained_nsd_ids: np.ndarray | tuple = ()  # pictures that it was trained on
     is_known: np.ndarray | bool = True  # (n_vertices,) which vertices it has
 

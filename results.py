@@ -66,9 +66,8 @@ class Results:
         files = [name for name in files if name != record_name]
         if "files" not in self.record:  # else a call that was killed came this far
             self.note(files=files)
-        if not self.record.get("is_cleared"):
-            remove(self.folder, read_record(self.folder))
-            self.note(is_cleared=True)
+        remove(self.folder, read_record(self.folder))
+        self.note(is_cleared=True)
         for name in files:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.aside / name).replace(self.folder / name)
@@ -93,14 +92,15 @@ def read_record(folder):
 
 
 def remove(folder, record):
-    """Remove the record of a folder, the files that it names, and subfolders that are empty then."""
+    """Remove the files that a folder's record names, subfolders that are empty then, and last the record."""
     files = [folder / name for name in record.get("files", [])]
-    for path in [folder / record_name, *files]:
+    for path in files:
         path.unlink(missing_ok=True)
     parents = {parent for path in files for parent in path.parents if folder in parent.parents}
     for parent in sorted(parents, reverse=True):
         with contextlib.suppress(OSError):  # somebody else's files are in it
             parent.rmdir()
+    (folder / record_name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -172,9 +172,13 @@ class RoiMeans:
         return activity @ self.weights.T
 
     def rows(self, first, *values):
-        """Rows (*first, *roi_columns) of a table, values (n_filled,) each; where there is no vertex nothing stands."""
+        """Rows (*first, *roi_columns) of a table; values (n_filled,) each, as text or numbers: NaN leaves a gap."""
+
+        def show(value):
+            return value if isinstance(value, str) else "" if np.isnan(value) else f"{value:.6g}"
+
         table = np.full((len(values), self.filled.size), "", object)
-        table[:, self.filled] = [[v if isinstance(v, str) else f"{v:.6g}" for v in part] for part in values]
+        table[:, self.filled] = [list(map(show, part)) for part in values]
         table = table.reshape(len(values), -1, 3)
         for k, (names, counts) in enumerate(zip(self.areas, self.counts)):
             yield (*first, *names, *table[:, k].ravel(), *counts)

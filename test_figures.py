@@ -15,12 +15,12 @@ from nilearn import datasets, surface
 from PIL import Image
 from scipy.ndimage import binary_erosion
 
+import ensemble
 import evaluate
 import figures
 import fit_pca
 import flatmap
 import model
-import predict
 import prepare_data
 import scores
 from checkpoint import load_checkpoint
@@ -295,8 +295,8 @@ def test_authors_weights_are_not_scored_on_their_training_pictures(phase_2, fitt
         found.checkpoints = [(path, made) for path, _ in found.checkpoints]
         return found
 
-    load_ensemble = predict.load_encoder
-    monkeypatch.setattr(predict, "load_encoder", load)
+    load_ensemble = ensemble.load_encoder
+    monkeypatch.setattr(ensemble, "load_encoder", load)
     monkeypatch.setattr(evaluate, "measure", lambda data, split, *_, **__: seen.append(split) or 1 / 0)
     folders = dict(DATA_DIR=str(fitted), RUN_DIR=str(fitted.parent / "run"), DEVICE="cpu", OUTPUT_DIR=str(tmp_path))
     for split in ("val", "test"):

@@ -27,6 +27,7 @@ import train_head
 from checkpoint import load_checkpoint
 from common import Problem
 from conftest import both, cut, finish, here, hemis, plain_input, png_claiming, run, small, start
+from ensemble import choose_checkpoint
 
 
 # ---- an independent prediction ------------------------------------------------------------------
@@ -433,9 +434,17 @@ def test_contrast_is_scipys_t_test(finetuned, fitted, tmp_path):
             t = scipy.stats.ttest_ind(*means, equal_var=False).statistic
             assert float(row[f"t_{column}"]) == pytest.approx(t, rel=2e-3) and int(row[f"n_{column}"]) == area.sum()
         assert all((tmp_path / f"out/{subject}/{name}.png").is_file() for name in expected)
-    assert [row["side"] for row in read_csv(tmp_path / "out/pictures.csv")] == 5 * [str(tmp_path / "faces")] + 4 * [
-        str(tmp_path / "places")
-    ]
+    sides_of_rows = [Path(row["side"]).name for row in read_csv(tmp_path / "out/pictures.csv")]
+    assert sides_of_rows == 5 * ["faces"] + 4 * ["places"]
+
+    run(predict, CHECKPOINT=str(finetuned), IMAGES=str(tmp_path / "faces/0.png"), CONTRAST=str(tmp_path / "places"),
+        SUBJECT="group", OUTPUT_DIR=str(tmp_path / "one"), PRECISION="float32", GIFTI=0)  # fmt: skip
+    a, b = (plain_prediction(finetuned, pictures, None) for pictures in (sides["faces"][:1], sides["places"]))
+    found = np.load(tmp_path / "one/group/difference_rh.npy")
+    np.testing.assert_allclose(found, (a[0] - b.mean(0))[~left], rtol=2e-3, atol=1e-3)
+    assert np.isnan(np.load(tmp_path / "one/group/t_rh.npy")).all()  # of one picture there is no variance
+    assert {row["t_both"] for row in read_csv(tmp_path / "one/rois.csv")} == {""}
+    assert {path.name for path in (tmp_path / "one/group").glob("*.png")} == {"difference.png"}
 
 
 def test_several_checkpoints_are_averaged(finetuned, phase_1, fitted, subset, colours, tmp_path):
@@ -491,7 +500,7 @@ def test_which_checkpoint_predicts(phase_1, fitted, tmp_path, capsys):
     with pytest.raises(
         Problem, match="run is a folder, expected a checkpoint's file, such as .*finetuned.pt or .*head.pt$"
     ):
-        predict.choose_checkpoint(str(run_dir), "")
+        choose_checkpoint(str(run_dir), "")
     other.mkdir()
     with pytest.raises(Problem, match="other is a folder, expected a checkpoint's file, such as .*finetuned.pt$"):
         predict.load_encoder(str(other))
