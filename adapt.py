@@ -4,10 +4,11 @@ Reads CHALLENGE_DIR/SUBJECT (or CHALLENGE_DIR itself), one person in the challen
 checkpoint. All stays frozen but the person's own B and b. With the feature latents h of a picture, the person's
 activity y on the vertices that the checkpoint knows and they have, and those rows of E and mean:
 
-    min over B, b of  sum_i |y_i - mean - E (A h_i + B h_i + b)|² + a |B|²
+    min over B, b of  sum_i |y_i - mean - E (A h_i + B h_i + b)|² + a |B|² + c |E (B h_mean + b)|²
 
-Without data that is the group's prediction, with much data the person's own map. The penalty a has the least
-leave-one-out error over the person's training pictures. Solved exactly, see fit(). OUTPUT_DIR gets
+Without data that is the group's prediction, with much data the person's own map. c is in pictures: as if so many more,
+of mean h, had shown the group's activity. The penalties a and c have the least leave-one-out error over the person's
+training pictures. Solved exactly, see fit(). OUTPUT_DIR gets
 
     adapted.pt            the checkpoint with the person added; the others' predictions stay as they are to the bit
     curve.csv, curve.png  score on held-out pictures against the number of pictures used, beside the group's
@@ -58,6 +59,7 @@ sizes = [0] + [n * 10**k for k in range(1, 6) for n in (1, 3)]  # of the curve: 
 # one for all components, h of whole pictures: a penalty for each component is worse, random crops' mean h no better
 # (benchmark.py --parts adapt)
 penalties = [10 ** (k / 2) for k in range(-4, 13)] + [float("inf")]  # a, in mean |h - mean h|²; inf: B = 0, b alone
+mean_penalties = [0, 3, 10, 30, 100, float("inf")]  # c, in pictures; 0: b is free
 colours = {"group": "0.5", "adapted": "#0072B2", "ridge": "#D55E00"}  # of the curve's methods (Okabe and Ito)
 titles = {"group": "the group's prediction", "adapted": "adapted", "ridge": "ridge on the trunk's features"}
 
@@ -86,14 +88,15 @@ def coordinates(basis, y):
     return (y @ basis.rows).double() @ basis.vectors / basis.values.sqrt()
 
 
-def fit(h, t, basis, penalties=penalties):
-    """B (pca_dim, latent_dim), b (pca_dim,) and the penalty a that minimise the objective above; float64.
+def fit(h, t, basis, penalties=penalties, mean_penalties=mean_penalties):
+    """B (pca_dim, latent_dim), b (pca_dim,) and the penalties (a, c) that minimise the objective above; float64.
 
-    h (n_pictures, latent_dim); t (n_pictures, rank): coordinates() of y - mean - E A h.
+    h (n_pictures, latent_dim); t (n_pictures, rank): coordinates() of y less the group's prediction.
 
     In these coordinates the components separate: with w_j the rows of U'B and g_j the eigenvalues of G, component
     j is a ridge regression of t_j on sqrt(g_j) h with penalty a, whose leave-one-out residuals are e / (1 - H_ii).
-    One decomposition of the centred h serves all components and penalties.
+    On the centred h the mean is apart from B: c shrinks it to n / (n + c) of itself. One decomposition of the
+    centred h serves all components and penalties.
     """
     n, h = len(h), h.double()
     h_mean, t_mean = h.mean(0), t.mean(0)
@@ -103,16 +106,19 @@ def fit(h, t, basis, penalties=penalties):
     inside = left.T @ (t - t_mean)  #                                (r, rank)
     energy = s[:, None].square() * basis.values  #                   (r, rank)
     unit = s.square().sum() / n
-    errors = []
-    for penalty in penalties:
-        kept = energy / (energy + penalty * unit)
-        unseen = 1 - 1 / n - left.square() @ kept  #                 1 - H_ii (n, rank)
-        errors.append(float(((t - t_mean - left @ (kept * inside)) / unseen).square().sum()))
-    best = penalties[int(np.argmin(errors))]
-    kept = energy / (energy + best * unit)
+    errors = {}
+    for a in penalties:
+        kept = energy / (energy + a * unit)
+        residual, leverage = t - t_mean - left @ (kept * inside), left.square() @ kept  # (n, rank) both
+        for c in mean_penalties:
+            share = n / (n + c)
+            unseen = 1 - share / n - leverage  #                     1 - H_ii
+            errors[a, c] = float(((residual + (1 - share) * t_mean) / unseen).square().sum())
+    a, c = min(errors, key=errors.get)
+    kept = energy / (energy + a * unit)
     components = basis.vectors / basis.values.sqrt()  #              (pca_dim, rank)
     weight = components @ (right.T @ (kept * inside / s[:, None])).T
-    return weight, components @ t_mean - weight @ h_mean, best
+    return weight, n / (n + c) * components @ t_mean - weight @ h_mean, (a, c)
 
 
 # ---- the new person -----------------------------------------------------------------------------
@@ -220,7 +226,8 @@ def read_latents(encoder, paths, precision):
 
 
 class Solver:
-    """Fits the person's map to any of their pictures, of which it knows h and coordinates of y - mean - E A h."""
+    """Fits the person's map to any of their pictures, of which it knows h and coordinates of y less the group's
+    prediction."""
 
     def __init__(self, encoder, person, h):
         head, device = encoder.head, encoder.head.embed_bias.device
@@ -229,17 +236,19 @@ class Solver:
         self.basis = decompose(head.embed_weight.detach()[columns])
         self.mean = head.embed_bias.detach()[columns] * head.bias_count
         self.group_mean = head.embed_bias.detach()[columns]
-        none = torch.zeros_like(self.shared), torch.zeros_like(self.shared[:, 0])
         parts = []
         for rows in torch.arange(len(h)).split(512):
             y = person.read_activity(rows.numpy()).to(device)
-            parts.append(coordinates(self.basis, y - self.predict(self.h[rows], *none)))
+            parts.append(coordinates(self.basis, y - self.predict_group(self.h[rows])))
         self.targets = torch.cat(parts)
+        # in the authors' weights the mean counts twice in people's predictions, once in the group's
+        between = coordinates(self.basis, (self.group_mean - self.mean)[None])[0]
+        self.bias = self.basis.vectors / self.basis.values.sqrt() @ between
 
     def fit(self, rows):
-        """-> B, b, penalty of the pictures in rows, in single precision."""
-        weight, bias, penalty = fit(self.h[rows], self.targets[rows], self.basis)
-        return weight.to(self.h.dtype), bias.to(self.h.dtype), penalty
+        """-> B, b, penalties of the pictures in rows, in single precision."""
+        weight, bias, found = fit(self.h[rows], self.targets[rows], self.basis)
+        return weight.to(self.h.dtype), (bias + self.bias).to(self.h.dtype), found
 
     def predict(self, h, weight, bias):
         """h (n, latent_dim) -> activity (n, n_vertices known)."""
@@ -451,11 +460,11 @@ def adapt(path, files, stamps, output, device, precision):
 
     fitting = time.perf_counter()
     solver = Solver(encoder, person, h)
-    weight, bias, penalty = solver.fit(np.flatnonzero(person.train))
+    weight, bias, chosen = solver.fit(np.flatnonzero(person.train))
     fitted = time.perf_counter()
     print(
-        f"{SUBJECT}: fitted to {n_train} pictures, {int(person.known().sum())} vertices; penalty {penalty:g} by "
-        f"leave-one-out; pictures through the trunk {fitting - start:.0f} s, closed form {fitted - fitting:.1f} s"
+        f"{SUBJECT}: fitted to {n_train} pictures, {int(person.known().sum())} vertices; penalties a {chosen[0]:g}, c "
+        f"{chosen[1]:g} by leave-one-out; pictures through the trunk {fitting - start:.0f} s, closed form {fitted - fitting:.1f} s"
     )
     scores = dict(made["scores"])
     if n_scored > 1:
@@ -468,7 +477,7 @@ def adapt(path, files, stamps, output, device, precision):
     encoder, space = add_person(encoder, space, person, weight, bias)
     if h_test is not None:
         write_test_predictions(output / "submission", encoder, person, len(space.subjects) - 1, h_test)
-    about = {"inputs": inputs, "n_pictures": n_train, "penalty": f"{penalty:g}", "knows_trained": is_all}
+    about = {"inputs": inputs, "n_pictures": n_train, "penalties": [f"{v:g}" for v in chosen], "knows_trained": is_all}
     about["constants"] = constants(globals())
     made_with = made["made_with"] | {"adapted": [*made["made_with"].get("adapted", ()), about]}
     save_checkpoint(

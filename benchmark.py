@@ -12,8 +12,8 @@ activity are random at full resolution: no data is needed. Parts:
     predict   own pictures, nine predictions of each as arrays, against the trunk's own forward pass
     host      peak host memory of stages 1 to 4 on a simulated challenge folder of HOST_SIZE
     processes a phase-1 step in 1, 2, … processes (torchrun), what they say to each other, and memory
-    search    how good what each of Optuna's samplers finds is, on a surface fitted to heads trained at random
-              constants on simulated data (an hour on two cores: not among the defaults)
+    search    what Optuna's samplers find on simulated data, in real searches (an hour on two cores: not among
+              the defaults)
     adapt     how good a model of a new person is, against training on everybody together, and its time: the
               demo's people, the eighth of them new (five minutes on two cores: not among the defaults)
     scaling   cost at 1/8, 1/4, 1/2 and full size, as far as MAX_SIZE lets it
@@ -34,7 +34,6 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
@@ -47,7 +46,6 @@ import batches
 import demo
 import finetune
 import fit_pca
-import model
 import predict
 import prepare_data
 import processes
@@ -74,8 +72,7 @@ HOST_SIZE = 0.02  # of the challenge's samples, for part host; 1 needs 32 GB of 
 MAX_SIZE = 0.25  # of the full size, the largest in part scaling; 1 needs 16 GB of RAM
 SCALING_PCA_DIM = 256  # components of the PCA in part scaling
 N_PICTURES = 512  # PNG files of parts prepare, host and scaling
-SEARCH_TRIALS = 96  # heads trained at random constants (part search)
-SEARCH_RUNS = 10  # searches with each sampler (part search)
+SEARCH_RUNS = 6  # searches with each sampler (part search)
 TEMPORARY = ""  # folder for simulated data (5 GB at full size, part host 32 GB); empty: the system's
 
 process_pictures = 8192  # of part processes: 1.6 GB
@@ -211,10 +208,6 @@ def part_step(device, precision, batch_size):
             z = head(features, batch["subject"])
         phase.learner.scaler.scale(training.loss_of(head, z, batch)).backward()
 
-    def head_with_torchs_dropout():
-        with mock.patch.object(model, "dropout_mask", lambda x, p, *_: torch.empty_like(x).bernoulli_(1 - p)):
-            head_both_ways()
-
     n = 3  # steps in a row, so that the next batch's preparation overlaps
     authors = AuthorsArrangement(phase)
     trained = [p for p in phase.encoder.parameters() if p.requires_grad]
@@ -223,7 +216,6 @@ def part_step(device, precision, batch_size):
         "trunk": lambda: forward(trunk),
         "crop": lambda: phase.crops(batch["images"], batch["top"], batch["left"], batch["size"]),
         "head": head_both_ways,
-        "torchs": head_with_torchs_dropout,
         "optimiser": phase.learner.optimizer.step,
         "unfused": unfused.step,
         "alone": lambda: phase.batches.prepare(1),
@@ -256,9 +248,6 @@ def part_step(device, precision, batch_size):
     row("  (preparing a batch alone, hidden behind the step before)", f"{seconds['alone'] / unit:.3f}")
     for name in ("crop", "head", "optimiser"):
         row(f"  {name}", f"{seconds[name] / unit:.3f}")
-    row(
-        "  (head with torch's own draws for dropout)", f"{seconds['torchs'] / unit:.3f}", "times the heads on one trunk"
-    )
     row("  (an optimiser that is not fused)", f"{seconds['unfused'] / unit:.3f}")
     row(
         "the authors' arrangement, whole step",
@@ -695,75 +684,37 @@ def part_search(folder):
         command = [sys.executable, script / f"{stage}.py", f"--data_dir={folder / 'data'}", *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     settings = dict(
-        DATA_DIR=str(folder / "data"), RUN_DIR=str(folder / "run"), TRUNK=demo.TRUNK, PRETRAINED=False, IMAGE_SIZE=56,
+        DATA_DIR=str(folder / "data"), TRUNK=demo.TRUNK, PRETRAINED=False, IMAGE_SIZE=56,
         LAYERS_CHOICES="blocks.{0,1}; blocks.0; blocks.1", LATENT_DIM_RANGE=(16, 128), PCA_DIM_RANGE=(8, 64),
-        BATCH_SIZE=64, STEPS=80, VALIDATE_EVERY=20, DEVICE="cpu", TRIALS=SEARCH_TRIALS, HEADS=16,
+        BATCH_SIZE=64, STEPS=60, VALIDATE_EVERY=30, DEVICE=DEVICE, PRECISION="float32", TRIALS=32, HEADS=8,
     )  # fmt: skip
     for name, value in settings.items():
         setattr(search, name, value)
+
+    def tpe(**options):
+        return lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, constant_liar=True, **options)
+
     samplers = {
         "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-        "TPE": lambda seed: optuna.samplers.TPESampler(seed=seed, constant_liar=False),
-        "TPE, constant liar": lambda seed: optuna.samplers.TPESampler(seed=seed, constant_liar=True),
-        "TPE, multivariate": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=False),
-        "TPE, multivariate, constant liar": lambda seed: optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, constant_liar=True
-        ),
-        "Gaussian process": lambda seed: optuna.samplers.GPSampler(seed=seed),
+        "TPE, one constant at a time": tpe(multivariate=False),
+        "TPE, multivariate": tpe(multivariate=True),
+        "Gaussian process": lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=8),
     }
-    search.new_sampler = samplers["random"]
-    search.main()
-    trials = [t for t in search.read_study(folder / "run/study.journal").get_trials() if t.value is not None]
-    surface, quality = response_surface([t.params for t in trials], [t.value for t in trials])
-    values = surface([t.params for t in trials])
-    row(
-        f"simulated heads, {len(trials)} of them at random constants",
-        f"{values[0]:.4f}",
-        f"the report's; best {values.max():.4f}",
-    )
-    row("  the surface fitted to them explains", f"{quality:.2f}", "of the held-out variance of their R²")
-    for name, sampler in samplers.items():
-        search.new_sampler = sampler
-        found = np.array([simulated_search(search, surface, seed) for seed in range(SEARCH_RUNS)])
-        at = [f"{np.median(found[:, n - 1]):.4f}" for n in (16, 32, 48)]
-        row(
-            f"best of 16 trials, {name}",
-            at[0],
-            f"32: {at[1]}, 48: {at[2]} (quarter {np.quantile(found[:, 47], 0.25):.4f})",
-        )
-
-
-def response_surface(parameters, values):
-    """A forest of R² over the constants: (function of dicts of constants -> R², explained part of held-out variance)"""
-    from sklearn.ensemble import ExtraTreesRegressor
-
-    layers = sorted({p["LAYERS"] for p in parameters})
-
-    def columns(parameters):
-        shown = [p | {name: np.log(p[name]) for name in ("LEARNING_RATE", "WEIGHT_DECAY")} for p in parameters]
-        return np.array(
-            [[*(p[k] for k in sorted(p) if k != "LAYERS"), *(p["LAYERS"] == k for k in layers)] for p in shown]
-        )
-
-    forest = ExtraTreesRegressor(300, min_samples_leaf=2, bootstrap=True, oob_score=True, random_state=0)
-    forest.fit(columns(parameters), np.clip(values, np.quantile(values, 0.1), None))  # what went astray is all the same
-    return lambda parameters: forest.predict(columns(parameters)), forest.oob_score_
-
-
-def simulated_search(search, surface, seed, n_trials=48, heads=8):
-    """Best value so far (n_trials,) of a search whose heads have the surface's values."""
-    from optuna.trial import TrialState
-
-    search.SEED = seed
-    trials, crop_scale = [], None
-    for i in range(n_trials):
-        trials.append(search.draw(trials, search.PCA_DIM_RANGE[1], crop_scale if i % heads else None))
-        crop_scale = trials[-1].params["CROP_SCALE"]
-        if i % heads == heads - 1:  # a round is over
-            for trial, value in zip(trials[-heads:], surface([trial.params for trial in trials[-heads:]])):
-                trial.state, trial.value = TrialState.COMPLETE, value
-                trial.datetime_complete = trial.datetime_start
-    return np.maximum.accumulate([trial.value for trial in trials])
+    found = {name: [] for name in samplers}
+    for seed in range(SEARCH_RUNS):
+        for name, search.new_sampler in samplers.items():
+            search.SEED, search.RUN_DIR = seed, str(folder / f"{len(found[name])}-{name}")
+            with contextlib.redirect_stdout(io.StringIO()):
+                search.main()
+            trials = search.read_study(Path(search.RUN_DIR) / "study.journal").get_trials()
+            values = [-np.inf if trial.value is None else trial.value for trial in trials]
+            found[name].append(np.maximum.accumulate(values))
+    for name, best in found.items():
+        after = {n: np.array(best)[:, n - 1] for n in (8, 16, 24, 32)}
+        error = after[32].std(ddof=1) / SEARCH_RUNS**0.5 if SEARCH_RUNS > 1 else np.nan
+        note = f"± {error:.4f} over {SEARCH_RUNS}; after "
+        note += ", ".join(f"{n}: {values.mean():.4f}" for n, values in after.items())
+        row(f"best R² of 32 trials, {name}", f"{after[32].mean():.4f}", note)
 
 
 # ---- part adapt ---------------------------------------------------------------------------------

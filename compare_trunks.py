@@ -211,11 +211,11 @@ def write_table(lines, folder):
     plot_table(lines, folder / "trunks.png")
 
 
-def print_table(lines, subjects_and_pictures):
+def print_table(lines, pictures):
     streams = [name for name in lines[0] if name.startswith("val_r2_")]
     shown = [name.removeprefix("val_r2_")[:11] for name in streams]
     width = max(len(line["trunk"]) for line in lines)
-    print(f"\nMedian R² on validation ({subjects_and_pictures}), mean and deviation over seeds")
+    print(f"\nMedian R² on validation ({pictures}), mean and deviation over seeds")
     columns = " ".join(f"{s:>11}" for s in shown)
     print(f"{'trunk':{width}}  method  {'median R²':17} report  {'to the best, with 95 %':27} {columns}")
     for line in lines:
@@ -310,8 +310,7 @@ def main():
             results[name] = rows
             write_table(summarise(results), folder)
         if results:
-            n = [len(data.samples("val", s)) for s in range(len(data.space.subjects))]
-            print_table(summarise(results), f"{len(n)} subjects, {min(n)} to {max(n)} pictures each")
+            print_table(summarise(results), data.count_pictures("val"))
             print(f"wrote {folder / 'trunks.csv'}, {folder / 'trunks.png'}")
     if missing:
         listed = "\n".join(f"  {name}: {str(problem).splitlines()[0]}" for name, problem in missing.items())

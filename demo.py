@@ -93,8 +93,7 @@ def main():
     own_picture(demo, run)
     new_person(demo, run)
     print(f"\nCheckpoints, logs and loss curves are in {run}, the submission is {demo}/submission/submission.zip.")
-    figures = sorted(path.name for path in Path(run).glob("evaluation_finetuned_val/*.png"))
-    print(f"The report's figures, for these data, are in {run}/evaluation_finetuned_val: {', '.join(figures)}.")
+    print(f"Open {run}/evaluation_finetuned_val/report.html in a browser: scores, the report's figures, the cortex to turn.")
     print(f"Next: python predict.py --run_dir {run} --images A_PICTURE_OF_YOURS, or the real data (README.md).")
 
 
@@ -172,7 +171,8 @@ def print_scores(challenge, run):
         scores = [phase[f"{split}_r2{key}"] for phase in (phase1, phase2) for split in ("val", "test")]
         print("{:10}{:13.3f}{:14.3f}{:14.3f}{:14.3f}{:14.3f}".format(subject, np.median(ceiling), *scores))
     share = phase2["val_r2"] / np.median(ceilings["all"])
-    print(f"Validation reaches {share:.0%} of the ceiling. Private test has few pictures (5 %), which lowers its R2.")
+    print(f"Validation ({phase2['val_pictures']}) reaches {share:.0%} of the ceiling.")
+    print(f"Private test has few pictures ({phase2['test_pictures']}), which lowers its R2.")
 
 
 # ---- cortex -------------------------------------------------------------------------------------

@@ -52,8 +52,10 @@ def choose_checkpoints(paths, run_dir):
 
 def describe_checkpoint(path, made):
     """Say what predicts."""
-    r2, stamp = made["scores"].get("val_r2", np.nan), made["fingerprint"]
-    print(f"predicting with {path} (step {made['step']}, validation median R² {r2:.4f}, fingerprint {stamp})")
+    scores = made["scores"]
+    known = f"validation median R² {scores['val_r2']:.4f}, " if "val_r2" in scores else ""
+    known += f"{scores['val_pictures']}; " if "val_pictures" in scores else ""
+    print(f"predicting with {path} (step {made['step']}; {known}fingerprint {made['fingerprint']})")
     if not made["finished"]:
         print(f"{path} is the best so far of a training that has not ended; the same training command continues it")
 

@@ -29,7 +29,7 @@ from common import Problem, check_least, choose_device, constants, run_script, v
 from ensemble import choose_checkpoints, load_for
 from flatmap import FlatMap, save_figure
 from results import csv_bytes
-from scores import Bootstrap, headlines, overall, pick, sample_r2, score, summarise
+from scores import Bootstrap, count_pictures, headlines, overall, pick, sample_r2, score, summarise
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data and PCA
 RUN_DIR = predict.RUN_DIR  # holds finetuned.pt or head.pt
@@ -263,7 +263,7 @@ def print_number(scored, reported):
     if "challenge" in found:
         challenge = found["challenge"]
         number += f", challenge score {report.show(challenge['mean'])} ({show_interval(challenge['mean_95'])})"
-    print(f"the number to report: {number} on {report.split_names[reported.split]}, {report.count_pictures(reported)}")
+    print(f"the number to report: {number} on {report.split_names[reported.split]}, {count_pictures(reported.n_images.values(), reported.n_pictures)}")
 
 
 def without_nan(found):

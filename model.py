@@ -305,24 +305,15 @@ def dropout_mask(x, p, seed, first=0):
 
     The mask of a sample depends on seed (ints) and its place in the whole batch, first and following, not on
     how the batch is divided over micro-batches or processes: chunks of the batch are drawn one by one.
-    p is rounded to 1/65536. Four features share one 64-bit draw: with torch's own draws on a CPU the head takes
-    twice the time, which every head on a trunk would pay (benchmark.py, part step).
     """
-    threshold = kept_of_65536(p) - 32768
     n, masks = len(x), []
     generator = torch.Generator(x.device)
-    bits = torch.empty(-(-dropout_chunk * x[0].numel() // 4), dtype=torch.int64, device=x.device)
     for chunk in range(first // dropout_chunk, -(-(first + n) // dropout_chunk)):
         generator.manual_seed(int(np.random.default_rng([*seed, chunk]).integers(2**62)))
-        draws = bits.random_(-(2**63), None, generator=generator).view(torch.int16)
-        draws = draws[: dropout_chunk * x[0].numel()].view(dropout_chunk, *x.shape[1:])
+        draws = torch.empty(dropout_chunk, *x.shape[1:], dtype=x.dtype, device=x.device)
         start = chunk * dropout_chunk
-        masks.append((draws[max(first - start, 0) : first + n - start] < threshold).to(x.dtype))
+        masks.append(draws.bernoulli_(1 - p, generator=generator)[max(first - start, 0) : first + n - start])
     return torch.cat(masks)
-
-
-def kept_of_65536(p):
-    return round((1 - p) * 65536)
 
 
 class Head(nn.Module):
@@ -370,7 +361,7 @@ class Head(nn.Module):
         seed, first: of the dropout in training, see dropout_mask; no seed: torch's generator gives one.
         """
         p = []
-        dropping = self.training and kept_of_65536(self.dropout) < 65536
+        dropping = self.training and self.dropout > 0
         if dropping and seed is None:
             seed = (int(torch.randint(2**62, ())),)
         for layer, (projection, x) in enumerate(zip(self.projections, features)):
@@ -381,7 +372,7 @@ class Head(nn.Module):
             p.append(projection(x))  #                              (n, latent_dim)
         p = torch.stack(p)  #                                       (n_layers, n, latent_dim)
         # dropout's factor stands here, in float32: in float16 it would send features above 6,550 to infinity
-        return p * (65536 / kept_of_65536(self.dropout)) if dropping else p
+        return p / (1 - self.dropout) if dropping else p
 
     def combine(self, p):
         """p (n_layers, n, latent_dim) -> feature latents h (n, latent_dim), the same for all subjects.

@@ -80,7 +80,7 @@ def predict_challenge(paths):
     (Path(SUBMISSION_DIR) / "scores.json").unlink(missing_ok=True)  # of several checkpoints before
     scores = score_private_test(ensemble, data)
     if scores:
-        print(f"{'private test':12} median R²")
+        print(f"private test median R², {scores['test_pictures']}")
         for key, score in scores.items():
             if key.startswith("test_r2"):
                 print(f"{key.removeprefix('test_r2').strip('_') or 'all':12} {score:.4f}")

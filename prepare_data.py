@@ -30,6 +30,7 @@ from common import (
     run_script, say, sole_writer, versions, write_whole,
 )  # fmt: skip
 from model import Space, picture_size
+from scores import count_pictures
 
 CHALLENGE_DIR = "challenge"  # the organisers' folder with subj01 … subj08, any subset of them
 DATA_DIR = "data"  # written here, read by all later stages
@@ -603,6 +604,11 @@ class Prepared:
     def may_score(self, image):
         """Which pictures (rows of images) the checkpoint was not trained on with other data."""
         return ~np.isin(self.nsd_id[image], self.trained_nsd_ids)
+
+    def count_pictures(self, split):
+        """What a score on the split rests on, in words."""
+        rows = [self.samples(split, s) for s in range(len(self.space.subjects))]
+        return count_pictures([len(part) for part in rows], len(np.unique(self.image[np.concatenate(rows)])))
 
     # read, not mapped: mapped pages would count as memory in use beside what is made of them
 

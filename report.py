@@ -15,6 +15,7 @@ from PIL import Image
 from common import versions, write_whole
 from figures import r2_maps
 from flatmap import fit_limits
+from scores import count_pictures
 
 published = {  # Lane & Kiar 2023: (median R², challenge score)
     "report, phase 1": (0.204, 0.589),
@@ -61,12 +62,6 @@ def html_table(columns, rows, name=""):
 # ---- parts of the page --------------------------------------------------------------------------
 
 
-def count_pictures(scored):
-    counts = [n for n in scored.n_images.values() if n]
-    each = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    return f"{each} pictures a subject, {scored.n_pictures} different ones"
-
-
 def the_number(scored, reported, data_splits):
     """Which number to report, and why."""
     parts = []
@@ -77,7 +72,7 @@ def the_number(scored, reported, data_splits):
         text = f"median R² <b>{with_interval(found['r2'], 'median')}</b>"
         if "challenge" in found:
             text += f", challenge score <b>{with_interval(found['challenge'], 'mean')}</b>"
-        where = escape(f"{split_names[reported.split]}, {count_pictures(reported)}; 95 % intervals")
+        where = escape(f"{split_names[reported.split]}, {count_pictures(reported.n_images.values(), reported.n_pictures)}; 95 % intervals")
         parts.append(f'<p class="number">The number to report: {text} <span>({where})</span></p>')
     if scored.split == "val":
         parts.append(
@@ -333,7 +328,7 @@ def write_report(path, what, scored, reported, ceilings, space, pictures):
 <h2>Scores</h2>{headline_tables(scored, reported, ceilings, space.unit)}
 <h2>On the cortex</h2>{surface(scored, space)}
 <h2>Figures</h2>{picture_parts(pictures, space.unit)}
-<h2>By subject and ROI</h2><p>Of {split_names[scored.split]}, {count_pictures(scored)}. A click on a title sorts.</p>
+<h2>By subject and ROI</h2><p>Of {split_names[scored.split]}, {count_pictures(scored.n_images.values(), scored.n_pictures)}. A click on a title sorts.</p>
 {roi_table(scored, space)}
 <h2>What made this</h2>{what_made(what)}
 <script>{script}</script></body></html>

@@ -77,6 +77,13 @@ def median_r2(scores, subjects, name="r2"):
     return medians
 
 
+def count_pictures(counts, n_different):
+    """What a score rests on, in words. counts: pictures of each subject."""
+    counts = [n for n in counts if n]
+    each = f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0] if counts else 0)
+    return f"{each} pictures a subject, {n_different} different ones"
+
+
 def finite_median(values):
     values = values[~np.isnan(values)]
     return float(np.median(values)) if len(values) else float("nan")

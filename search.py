@@ -72,7 +72,9 @@ searched = ("LEARNING_RATE", "WEIGHT_DECAY", "FEATURE_DROPOUT", "LATENT_DIM", "P
 
 
 def new_sampler(seed):
-    return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+    """From the first finished round on a Gaussian process, which knows what the running trials are trying: it finds
+    better constants in 32 trials than Optuna's other samplers in 48 (python benchmark.py --parts search)."""
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=8)
 
 
 def layers_choices():
@@ -395,7 +397,7 @@ def train_round(trunk, folder, trials, data, pca, device, precision):
 
 
 def main():
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # GPSampler says at every draw what would make it faster
     check_settings()
     settings = constants(globals())
     data = prepare_data.load(DATA_DIR)
@@ -427,7 +429,7 @@ def main():
         describe_round(study, trials, scores, (time.monotonic() - begun) / n_done)
         if stopped:
             raise SystemExit(128 + stopped)
-    conclude(study, folder)
+    conclude(study, folder, data.count_pictures("val"))
 
 
 def best_trial(study):
@@ -453,7 +455,7 @@ def describe_round(study, trials, scores, seconds_a_trial):
     )
 
 
-def conclude(study, folder):
+def conclude(study, folder, pictures):
     with waiting_for(folder / ".study.lock"):
         write_results(study, folder)
     trials = study.get_trials(deepcopy=False)
@@ -465,7 +467,7 @@ def conclude(study, folder):
     if best is None:
         table = folder / "search.csv"
         raise Problem(f"none of {len(trials)} trials came to its end: lower LEARNING_RATE_RANGE ({table} lists them)")
-    print(f"best of {len(trials)} trials: trial {best.number}, val median R² {best.value:.4f}")
+    print(f"best of {len(trials)} trials: trial {best.number}, val median R² {best.value:.4f} ({pictures})")
     for name in searched:
         value = best.params[name]
         print(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")

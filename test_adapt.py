@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -27,23 +28,30 @@ from pictures import read_picture
 # ---- the closed form ----------------------------------------------------------------------------
 
 
-def dense_solution(h, residual, rows, a):
-    """B, b of least norm that minimise sum |residual - E (B h + b)|² + a |B|², as one least-squares problem."""
-    n, latent_dim, pca_dim = len(h), h.shape[1], rows.shape[1]
-    system = np.concatenate([np.kron(h, rows), np.kron(np.ones((n, 1)), rows)], 1)  # B by columns, then b
-    penalty = np.eye(latent_dim * pca_dim, system.shape[1]) * np.sqrt(a)
-    right = np.concatenate([residual.ravel(), np.zeros(len(penalty))])
-    found = np.linalg.lstsq(np.concatenate([system, penalty]), right, rcond=None)[0]
+def dense_solution(h, residual, rows, a, c=0.0, centre=0.0):
+    """B, b of least norm that minimise sum |residual - E (B h + b)|² + a |B|² + c |E (B centre + b)|², as one
+    least-squares problem."""
+    latent_dim, pca_dim = h.shape[1], rows.shape[1]
+
+    def seen(h):  # of B by columns, then b
+        return np.concatenate([np.kron(h, rows), np.kron(np.ones((len(h), 1)), rows)], 1)
+
+    system = [seen(h), np.sqrt(c) * seen(np.zeros((1, latent_dim)) + centre)]
+    system.append(np.eye(latent_dim * pca_dim, system[0].shape[1]) * np.sqrt(a))
+    system = np.concatenate(system)
+    right = np.concatenate([residual.ravel(), np.zeros(len(system) - residual.size)])
+    found = np.linalg.lstsq(system, right, rcond=None)[0]
     return found[: latent_dim * pca_dim].reshape(latent_dim, pca_dim).T, found[latent_dim * pca_dim :]
 
 
-def problem(seed, n=14, latent_dim=5, pca_dim=4, n_vertices=9):
-    """h, residual, E: with 9 of some 40 vertices E's columns are far from orthonormal, with 3 they are dependent."""
+def problem(seed, n=14, latent_dim=5, pca_dim=4, n_vertices=9, level=1.0):
+    """h, residual, level times its mean, E: with 9 of some 40 vertices E's columns are far from orthonormal, with 3 they are dependent."""
     rng = np.random.default_rng(seed)
     rows = np.linalg.qr(rng.standard_normal((40, pca_dim)))[0][:n_vertices]
     h = rng.standard_normal((n, latent_dim)) * [3, 1, 1, 0.3, 0.1] + 2
     truth = rng.standard_normal((pca_dim, latent_dim)) * rng.choice([0.2, 2, 20])
-    return h, h @ truth.T @ rows.T + rng.standard_normal((n, n_vertices)) + 1, rows
+    residual = h @ truth.T @ rows.T + rng.standard_normal((n, n_vertices)) + 1
+    return h, residual - (1 - level) * residual.mean(0), rows
 
 
 def absolute(h, a):
@@ -51,46 +59,49 @@ def absolute(h, a):
     return a * np.square(h - h.mean(0)).sum() / len(h)
 
 
-def solve(h, residual, rows, penalties):
+def solve(h, residual, rows, *penalties):
     basis = adapt.decompose(torch.from_numpy(rows))
-    return adapt.fit(torch.from_numpy(h), adapt.coordinates(basis, torch.from_numpy(residual)), basis, penalties)
+    return adapt.fit(torch.from_numpy(h), adapt.coordinates(basis, torch.from_numpy(residual)), basis, *penalties)
 
 
 @pytest.mark.parametrize("n, n_vertices", [(14, 9), (4, 9), (14, 3)])
-@pytest.mark.parametrize("a", [1e-3, 0.1, 10.0])
-def test_fit_is_the_dense_solution(n, n_vertices, a):
+@pytest.mark.parametrize("a, c", [(1e-3, 0.0), (0.1, 3.0), (10.0, 20.0)])
+def test_fit_is_the_dense_solution(n, n_vertices, a, c):
     """More pictures than latent units and fewer, missing vertices, and fewer vertices than components."""
     h, residual, rows = problem(0, n=n, n_vertices=n_vertices)
-    weight, bias, _ = solve(h, residual, rows, [a])
-    expected_weight, expected_bias = dense_solution(h, residual, rows, absolute(h, a))
+    weight, bias, _ = solve(h, residual, rows, [a], [c])
+    expected_weight, expected_bias = dense_solution(h, residual, rows, absolute(h, a), c, h.mean(0))
     np.testing.assert_allclose(weight, expected_weight, rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(bias, expected_bias, rtol=1e-6, atol=1e-8)
 
 
 def test_without_information_the_person_is_the_group():
     h, residual, rows = problem(1)
-    weight, bias, _ = solve(h, residual, rows, [float("inf")])
+    weight, bias, _ = solve(h, residual, rows, [float("inf")], [0])
     assert (weight == 0).all()
     np.testing.assert_allclose(rows @ bias.numpy(), rows @ np.linalg.pinv(rows) @ residual.mean(0), atol=1e-8)
+    weight, bias, _ = solve(h, residual, rows, [float("inf")], [float("inf")])
+    assert (weight == 0).all() and (bias == 0).all()
 
 
-def test_penalty_has_the_least_leave_one_out_error():
-    """Each picture left out in turn and everything solved anew, densely."""
+def test_penalties_have_the_least_leave_one_out_error():
+    """Each picture left out in turn and everything solved anew, densely; the centre of c stays all pictures' mean."""
     chosen = []
     for seed in range(8):
-        h, residual, rows = problem(seed)
-        errors = []
-        for a in adapt.penalties[:-1:2]:
+        h, residual, rows = problem(seed, level=(0, 0.2, 1)[seed % 3])
+        grid = adapt.penalties[:-1:3], adapt.mean_penalties[:-1:2]
+        errors = {}
+        for a, c in itertools.product(*grid):
             error = 0.0
             for i in range(len(h)):
                 others = np.arange(len(h)) != i
-                weight, bias = dense_solution(h[others], residual[others], rows, absolute(h, a))
+                weight, bias = dense_solution(h[others], residual[others], rows, absolute(h, a), c, h.mean(0))
                 error += np.square(residual[i] - rows @ (weight @ h[i] + bias)).sum()
-            errors.append(error)
-        _, _, found = solve(h, residual, rows, adapt.penalties[:-1:2])
-        assert found == adapt.penalties[:-1:2][int(np.argmin(errors))]
+            errors[a, c] = error
+        _, _, found = solve(h, residual, rows, *grid)
+        assert found == min(errors, key=errors.get)
         chosen.append(found)
-    assert len(set(chosen)) > 2
+    assert all(len(set(values)) > 1 for values in zip(*chosen))
 
 
 # ---- a person -----------------------------------------------------------------------------------
@@ -200,8 +211,12 @@ def test_adapted_is_the_least_squares_solution_of_the_training_pictures(
     rows, shared = head.embed_weight.numpy()[columns], head.shared.detach().numpy()
     mean = bias_count * head.embed_bias.numpy()[columns]
     residual = activity - mean - h @ shared.T @ rows.T
-    a = absolute(h[train], float(made["made_with"]["adapted"][0]["penalty"]))
-    expected_weight, expected_bias = dense_solution(h[train], residual[train], rows, a)
+    a, c = map(float, made["made_with"]["adapted"][0]["penalties"])
+    group = residual + (bias_count - 1) * head.embed_bias.numpy()[columns]  # less the group's prediction
+    expected_weight, expected_bias = dense_solution(
+        h[train], group[train], rows, absolute(h[train], a), min(c, 1e9), h[train].mean(0)
+    )
+    expected_bias -= np.linalg.pinv(rows) @ (mean - head.embed_bias.numpy()[columns])
     scale = np.abs(expected_weight).max()
     assert np.abs(after.head.subject_weight[8].detach().numpy() - expected_weight).max() < 1e-3 * scale
     prediction = after.predict(images, [8])[0].numpy()[:, columns]

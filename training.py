@@ -117,7 +117,7 @@ class Learner:
         self.inputs = {**important, **made_from, "precision": str(precision).removeprefix("torch.")}
         self.inputs["trunk_fingerprint"] = trunk_fingerprint(encoder.trunk_state(), encoder.trunk.stored)
         self.trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
-        # fused: one pass over the weights; on a CPU 0.008 of the trunk's forward, else 0.027 (benchmark.py)
+        # fused: one pass over the weights (benchmark.py, part step, has the other beside it)
         self.optimizer = torch.optim.AdamW(
             self.trainable.values(), lr=s.LEARNING_RATE, betas=s.BETAS, weight_decay=s.WEIGHT_DECAY, fused=True
         )
@@ -227,10 +227,12 @@ class Validation:
         self.data, self.images, self.batch_size = data, images, batch_size
         self.rows = [data.samples(split, s) for s in range(len(data.space.subjects))]
         self.pictures = np.unique(data.image[np.concatenate(self.rows)])  # rows of images
+        self.size = data.count_pictures(split)
 
     def __call__(self, encoders, precision, name):
         """-> for each encoder {name_loss, name_r2, name_loss_subj01, name_r2_subj01, …}: mean squared error over
-        all vertices of the common space, as in training, and median R² over the existing ones."""
+        all vertices of the common space, as in training, and median R² over the existing ones; name_pictures: how
+        many they rest on, in words."""
         start, stop = processes.own_part(len(self.pictures))
         latents = [torch.zeros(0, e.head.shared.shape[1], device=e.head.shared.device) for e in encoders]
         if stop > start:
@@ -267,7 +269,8 @@ class Validation:
         total = sum(loss * n for loss, n in zip(losses, counts) if n)
         result = {f"{name}_loss": total / sum(counts) if sum(counts) else float("nan")}
         result |= median_r2([None if found is None else found[1] for found in scored], subjects, f"{name}_r2")
-        return result | {f"{name}_loss_{subject}": loss for subject, loss in zip(subjects, losses)}
+        result |= {f"{name}_loss_{subject}": loss for subject, loss in zip(subjects, losses)}
+        return result | {f"{name}_pictures": self.size}
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -409,8 +412,8 @@ class Training:
         best = max(current, key=lambda learner: learner.progress.log[-1]["val_r2"])
         scores, n = best.progress.log[-1], len(self.learners)
         text = f"step {step}: {f'best of {n} heads: ' if n > 1 else ''}val loss {scores['val_loss']:.5f}, "
-        text += f"val median R² {scores['val_r2']:.4f}{standing_out(scores, self.data.space.subjects)}"
-        say(text)
+        text += f"val median R² {scores['val_r2']:.4f} ({self.validation.size})"
+        say(text + standing_out(scores, self.data.space.subjects))
 
     def check_losses(self, active, step):
         for learner in active:
@@ -462,7 +465,7 @@ class Training:
         processes.barrier()
         for learner in [] if self.tolerant else self.learners:
             chosen = max(learner.progress.log, key=lambda entry: entry["val_r2"])
-            print(f"best at step {chosen['step']}: val median R² {chosen['val_r2']:.4f}")
+            print(f"best at step {chosen['step']}: val median R² {chosen['val_r2']:.4f} ({self.validation.size})")
             if not chosen["val_r2"] > 0:
                 print("which is not above zero: no better than predicting every vertex's mean (README, small data)")
             paths = [learner.output, log_path(learner.output), curves_path(learner.output)]
