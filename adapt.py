@@ -464,7 +464,8 @@ def adapt(path, files, stamps, output, device, precision):
     fitted = time.perf_counter()
     print(
         f"{SUBJECT}: fitted to {n_train} pictures, {int(person.known().sum())} vertices; penalties a {chosen[0]:g}, c "
-        f"{chosen[1]:g} by leave-one-out; pictures through the trunk {fitting - start:.0f} s, closed form {fitted - fitting:.1f} s"
+        f"{chosen[1]:g} by leave-one-out; pictures through the trunk {fitting - start:.0f} s, closed form "
+        f"{fitted - fitting:.1f} s"
     )
     scores = dict(made["scores"])
     if n_scored > 1:

@@ -72,6 +72,7 @@ HOST_SIZE = 0.02  # of the challenge's samples, for part host; 1 needs 32 GB of 
 MAX_SIZE = 0.25  # of the full size, the largest in part scaling; 1 needs 16 GB of RAM
 SCALING_PCA_DIM = 256  # components of the PCA in part scaling
 N_PICTURES = 512  # PNG files of parts prepare, host and scaling
+HEAD_COUNTS = (1, 2, 4, 8, 16)  # heads on one pass of the trunk (part heads)
 SEARCH_RUNS = 6  # searches with each sampler (part search)
 TEMPORARY = ""  # folder for simulated data (5 GB at full size, part host 32 GB); empty: the system's
 
@@ -307,7 +308,9 @@ class AuthorsArrangement(torch.utils.data.Dataset):
 
 
 def part_heads(device, precision, batch_size):
-    counts = (1, 2, 4, 8, 16)
+    if min(HEAD_COUNTS) < 1:
+        raise Problem(f"HEAD_COUNTS is {HEAD_COUNTS}, expected numbers of 1 or more")
+    counts = sorted({1, *HEAD_COUNTS})
     phase = Phase(train_head, batch_size, device, precision, n_images=4 * batch_size)
     trunk, first = phase.encoder.trunk, phase.encoder.head
     learners = [phase.learner]
@@ -332,14 +335,15 @@ def part_heads(device, precision, batch_size):
         note = f"{seconds[n] / n / seconds[1]:.3f} of {n} runs" + ("; wanted 0.25 at most" if n == 8 else "")
         row(f"step of {n} {'heads' if n > 1 else 'head'} on one pass", f"{seconds[n] / seconds['trunk']:.3f}", note)
     if device.type == "cuda":
-        del learners[8:]
+        n = min(8, len(learners))
+        del learners[n:]
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        step(8)
-        own = 7 * first.embed_weight.numel() * 4  # these heads share an embedding, a run's have one each
+        step(n)
+        own = (n - 1) * first.embed_weight.numel() * 4  # these heads share an embedding, a run's have one each
         peak = (torch.cuda.max_memory_reserved(device) + own) / 2**30
-        row("  peak GPU memory of eight", f"{peak:.1f} GiB", "wanted 40 at most")
+        row(f"  peak GPU memory of {n}", f"{peak:.1f} GiB", "wanted 40 at most")
 
 
 # ---- part memory --------------------------------------------------------------------------------
@@ -624,8 +628,11 @@ def part_processes(device, batch_size, folder):
             "of the time; wanted 1.1 at most on two cores",
         )
     pictures = process_pictures * picture_size**2 * 3 / 1e9
-    memory = best[name]["memory"]
-    row(f"  memory of {name}", f"{memory:.1f} GB", f"together; {memory - pictures:.1f} GB without the pictures")
+    memory = {name: run["memory"] for name, run in best.items()}
+    if device.type != "cuda" and 4 not in counts:  # on fewer cores it takes its time, and as much memory
+        memory["4 processes of 1 thread"] = run_processes(4, 1, batch_size, folder)["memory"]
+    for name, used in memory.items():
+        row(f"memory of {name}", f"{used:.1f} GB", f"together; {used - pictures:.1f} GB without the pictures")
 
 
 def run_processes(n, threads, batch_size, folder):

@@ -9,9 +9,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 import io
+import multiprocessing
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,20 +54,36 @@ def run_process(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def start(script, *arguments, before="", **options):
-    """A stage as a process of its own; before: code that runs ahead of it, such as a trap."""
-    code = f"import sys, runpy; sys.argv = {[script, *map(str, arguments)]!r}; sys.path.insert(0, {str(here)!r})\n"
-    code += f"{before}\nrunpy.run_path({str(here / script)!r}, run_name='__main__')"
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+def start(script, *arguments, before=""):
+    """A stage as a process of its own; before: code that runs ahead of it, such as a trap. It is forked from a
+    process that has imported what the stages import and has done nothing else, as importing takes seconds."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["conftest", "adapt", "predict", "prepare_nsd", "search"])
+    outputs = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]
+    command, names = [script, *map(str, arguments)], [file.name for file in outputs]
+    process = forks.Process(target=run_forked, args=(command, before, *names))
+    process.start()
+    return process, outputs
 
 
-def finish(process):
+def run_forked(command, before, *outputs):
+    for number, name in enumerate(outputs, 1):
+        os.dup2(os.open(name, os.O_WRONLY), number)
+    sys.argv = command
+    exec(before, {})
+    runpy.run_path(str(here / command[0]), run_name="__main__")
+
+
+def finish(started, seconds=200):
     """-> (exit code, what it printed, its errors without progress bars)."""
-    out, err = process.communicate(timeout=200)
+    process, outputs = started
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"still running after {seconds} s")
+    out, err = (file.read() for file in outputs)
     assert "Traceback" not in err, err
-    return process.returncode, out, err
+    return process.exitcode, out, err
 
 
 @torch.enable_grad()  # a test that computes no gradients may be the first to ask

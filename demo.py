@@ -93,7 +93,8 @@ def main():
     own_picture(demo, run)
     new_person(demo, run)
     print(f"\nCheckpoints, logs and loss curves are in {run}, the submission is {demo}/submission/submission.zip.")
-    print(f"Open {run}/evaluation_finetuned_val/report.html in a browser: scores, the report's figures, the cortex to turn.")
+    page = f"{run}/evaluation_finetuned_val/report.html"
+    print(f"Open {page} in a browser: scores, the report's figures, the cortex to turn.")
     print(f"Next: python predict.py --run_dir {run} --images A_PICTURE_OF_YOURS, or the real data (README.md).")
 
 

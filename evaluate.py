@@ -165,6 +165,11 @@ class Scored:
     n_pictures: int  # different ones, of all subjects
     examples: list  # of choose_examples()
 
+    @property
+    def what(self):
+        """In words: the split, and the pictures that its scores rest on."""
+        return f"{report.split_names[self.split]}, {count_pictures(self.n_images.values(), self.n_pictures)}"
+
 
 def measure(data, split, predictions, ceilings, example=None, device="cpu"):
     """Scores of every subject -> Scored. example: index of the subject whose examples are kept; device: of the
@@ -263,7 +268,7 @@ def print_number(scored, reported):
     if "challenge" in found:
         challenge = found["challenge"]
         number += f", challenge score {report.show(challenge['mean'])} ({show_interval(challenge['mean_95'])})"
-    print(f"the number to report: {number} on {report.split_names[reported.split]}, {count_pictures(reported.n_images.values(), reported.n_pictures)}")
+    print(f"the number to report: {number} on {reported.what}")
 
 
 def without_nan(found):

@@ -15,7 +15,6 @@ from PIL import Image
 from common import versions, write_whole
 from figures import r2_maps
 from flatmap import fit_limits
-from scores import count_pictures
 
 published = {  # Lane & Kiar 2023: (median R², challenge score)
     "report, phase 1": (0.204, 0.589),
@@ -72,7 +71,7 @@ def the_number(scored, reported, data_splits):
         text = f"median R² <b>{with_interval(found['r2'], 'median')}</b>"
         if "challenge" in found:
             text += f", challenge score <b>{with_interval(found['challenge'], 'mean')}</b>"
-        where = escape(f"{split_names[reported.split]}, {count_pictures(reported.n_images.values(), reported.n_pictures)}; 95 % intervals")
+        where = escape(f"{reported.what}; 95 % intervals")
         parts.append(f'<p class="number">The number to report: {text} <span>({where})</span></p>')
     if scored.split == "val":
         parts.append(
@@ -328,7 +327,7 @@ def write_report(path, what, scored, reported, ceilings, space, pictures):
 <h2>Scores</h2>{headline_tables(scored, reported, ceilings, space.unit)}
 <h2>On the cortex</h2>{surface(scored, space)}
 <h2>Figures</h2>{picture_parts(pictures, space.unit)}
-<h2>By subject and ROI</h2><p>Of {split_names[scored.split]}, {count_pictures(scored.n_images.values(), scored.n_pictures)}. A click on a title sorts.</p>
+<h2>By subject and ROI</h2><p>Of {scored.what}. A click on a title sorts.</p>
 {roi_table(scored, space)}
 <h2>What made this</h2>{what_made(what)}
 <script>{script}</script></body></html>

@@ -45,7 +45,10 @@ def dense_solution(h, residual, rows, a, c=0.0, centre=0.0):
 
 
 def problem(seed, n=14, latent_dim=5, pca_dim=4, n_vertices=9, level=1.0):
-    """h, residual, level times its mean, E: with 9 of some 40 vertices E's columns are far from orthonormal, with 3 they are dependent."""
+    """h, residual, level times its mean, E.
+
+    With 9 of some 40 vertices E's columns are far from orthonormal, with 3 they are dependent.
+    """
     rng = np.random.default_rng(seed)
     rows = np.linalg.qr(rng.standard_normal((40, pca_dim)))[0][:n_vertices]
     h = rng.standard_normal((n, latent_dim)) * [3, 1, 1, 0.3, 0.1] + 2

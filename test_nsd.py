@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -38,7 +37,7 @@ import prepare_nsd
 import train_head
 from checkpoint import load_checkpoint
 from common import Problem
-from conftest import both, hemis, here, r2_of_vertices, run, small
+from conftest import both, finish, hemis, r2_of_vertices, run, small, start
 
 groups = ("streams", "prf-visualrois", "floc-bodies", "floc-faces", "floc-places", "floc-words")
 n_fsaverage, n_native, n_stimuli = 163842, 700, 73000
@@ -401,24 +400,20 @@ Image.Image.save = mortal
 """
 
 
-def run_process(script, values, before=""):
-    """A stage as a process of its own; before: code that runs ahead of it, such as a trap."""
+def started(script, values, before=""):
     texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in values.items()}
-    arguments = [part for name, text in texts.items() for part in (f"--{name.lower()}", text)]
-    code = f"import sys, runpy; sys.argv = {[script, *arguments]!r}; sys.path.insert(0, {str(here)!r})\n"
-    code += f"{before}\nrunpy.run_path({str(here / script)!r}, run_name='__main__')"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return start(script, *[part for name, text in texts.items() for part in (f"--{name.lower()}", text)], before=before)
 
 
 def test_killed_run_goes_on_with_the_next_subject(nsd, derived, tmp_path):
     values = settings(nsd, tmp_path)
     n_first = len(list(derived.glob("subj01/*/*_images/*")))
-    process = run_process("prepare_nsd.py", values, before=dies_while_encoding.format(n=n_first + 3))
-    assert process.returncode == -signal.SIGKILL
+    dies = dies_while_encoding.format(n=n_first + 3)
+    assert finish(started("prepare_nsd.py", values, before=dies))[0] == -signal.SIGKILL
     assert [p.name for p in sorted(tmp_path.iterdir())] == [".lock", ".subj03.partial", "subj01"]
     done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("subj01/**/*")}
-    process = run_process("prepare_nsd.py", values)
-    assert process.returncode == 0 and "subj01 is there already" in process.stdout, process.stderr
+    code, out, err = finish(started("prepare_nsd.py", values))
+    assert code == 0 and "subj01 is there already" in out, err
     assert done == {p: p.stat().st_mtime_ns for p in tmp_path.glob("subj01/**/*")}
     assert contents(tmp_path) == contents(derived)
 
