@@ -96,7 +96,8 @@ def load_checkpoint(path, device="cpu", space=None):
         head.load_state_dict(weights, assign=True)  # the file's mapped memory, no second copy
     except RuntimeError as error:
         raise Problem(f"{path} does not fit {trunk.settings['name']}: {' '.join(str(error).split())[:300]}")
-    if stored and "published" in checkpoint["made_with"] and missing & dict(trunk.named_parameters()).keys():
+    whole = "published" in checkpoint["made_with"] and not trunk.settings["pretrained"]  # the authors' phase 2
+    if whole and missing & dict(trunk.named_parameters()).keys():
         lacking = ", ".join(sorted(missing)[:3])
         raise Problem(f"{path} holds a trunk without {lacking} …, expected a whole {trunk.settings['name']}")
     trunk.stored |= set(stored)

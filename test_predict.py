@@ -24,9 +24,9 @@ import predict
 import prepare_data
 import results
 import train_head
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from common import Problem
-from conftest import both, cut, finish, here, hemis, plain_input, png_claiming, run, small, start
+from conftest import assert_equal, both, cut, finish, here, hemis, plain_input, png_claiming, run, small, start
 from ensemble import choose_checkpoint
 
 
@@ -111,6 +111,22 @@ def test_authors_weights_are_scored_on_their_splits_only(published, fitted, chal
     run(prepare_data, CHALLENGE_DIR=str(challenge), DATA_DIR=str(tmp_path / "theirs"), SPLITS="authors")
     run(predict, **options | dict(DATA_DIR=str(tmp_path / "theirs"), SUBMISSION_DIR=str(tmp_path / "other")))
     assert "no private" not in capsys.readouterr().out and published.with_name("theirs_scores.json").exists()
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_what_is_saved_from_authors_weights_is_read_again(published, phase, fitted, tmp_path):
+    """As adapt.py does."""
+    space = prepare_data.load(fitted).space
+    if phase == 2:
+        content = torch.load(published, weights_only=False)
+        content["trunk"] = load_checkpoint(published, space=space)[0].trunk.vit.state_dict()
+        torch.save(content, published)
+    encoder, space, made = load_checkpoint(published, space=space)
+    path = tmp_path / "again.pt"
+    save_checkpoint(path, encoder, space=space, made_with=made["made_with"], scores={}, step=3)
+    again = load_checkpoint(path)[0]
+    assert_equal(again.state_dict(), encoder.state_dict())
+    assert again.head.bias_count == 2
 
 
 # ---- own pictures -------------------------------------------------------------------------------
