@@ -7,7 +7,7 @@ cannot be had is named at the end, when the others are there.
 SEEDS heads a trunk are trained together. They differ in initialisation and dropout; their batches, order and crops
 are the same. "ridge" is the standard approach on the same trunk: a ridge regression per subject (ridge.py) from class
 token and mean of the picture's tokens of the same layers of the training pictures, uncropped; its penalty is chosen
-on held-out training pictures. Scores are those of the validation split, on which a head's checkpoint is chosen.
+by leave-one-out over them. Scores are those of the validation split, on which a head's checkpoint is chosen.
 """
 
 import csv

@@ -157,12 +157,18 @@ def read_pictures(folder, prefix, findings):
     paths = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     if not paths:
         raise Problem(f"{folder} holds no pictures, expected {prefix}-0001_nsd-00013.png and so on")
-    ids = []
+    ids, numbers = [], []
     for path in paths:
         name = re.fullmatch(rf"{prefix}-(\d+)_nsd-(\d+)\.png", path.name)
         if not name:
             findings.append(f"{path}: name not understood, expected {prefix}-0001_nsd-00013.png or the like")
         ids.append(int(name[2]) if name else -1 - len(ids))
+        numbers += [int(name[1])] if name else []
+    if numbers != sorted(numbers):
+        findings.append(
+            f"{folder}: sorted by name, as the rows of the activity are, the pictures do not come in the order of their "
+            f"numbers: pad these with zeros, as in {prefix}-0002 before {prefix}-0010"
+        )
     for nsd_id in np.unique(ids)[np.unique(ids, return_counts=True)[1] > 1]:
         twins = [p.name for p, i in zip(paths, ids) if i == nsd_id]
         findings.append(f"{folder}: nsd id {nsd_id} stands {len(twins)} times ({', '.join(twins)}), expected once")

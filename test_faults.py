@@ -209,10 +209,12 @@ def test_bad_pictures_are_told_at_once(pair, tmp_path):
     paths[8].rename(paths[8].with_name("picture.png"))
     shutil.rmtree(folder / "subj06/test_split")  # only predicting needs them
     change(folder / "subj06" / fmri.format("lh"), rows=7)
+    path = sorted((folder / "subj06/training_split/training_images").iterdir())[9]
+    path.rename(path.with_name(path.name.replace("train-0010", "train-10")))
     code, _, errors = finish(start("prepare_data.py", "--challenge_dir", folder, "--data_dir", tmp_path / "data"))
     assert code == 1 and not (tmp_path / "data").exists()
     expected = ("truncated PNG", "empty file", "not a PNG", "greyscale", "80 x 60 px", "60000 x 60000 px",
-                "stands 2 times", "name not understood", "7 rows, but", "problems in")  # fmt: skip
+                "stands 2 times", "name not understood", "7 rows, but", "pad these with zeros", "problems in")  # fmt: skip
     assert [text for text in expected if text not in errors] == []
 
 

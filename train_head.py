@@ -44,7 +44,7 @@ VALIDATE_EVERY = 0  # steps; 0: once per epoch-equivalent
 SEED = prepare_data.SEED  # governs initialisation, order, crops and dropout
 PRECISION = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
 DEVICE = "auto"  # auto, cpu, cuda or cuda:N
-COMPILE = False  # true: torch.compile the trunk, which takes minutes first and a compiler; pays on a CPU (README)
+COMPILE = False  # true: torch.compile the trunk; takes minutes first, and a compiler (docs/performance.md)
 OVERWRITE = False  # start anew although RUN_DIR holds this stage's results
 
 

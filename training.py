@@ -447,7 +447,8 @@ class Training:
                 learner.replaces = is_trained(learner.output)
             return True
         if all(
-            s["progress"]["step"] == l.settings.STEPS or s["progress"]["failed"] for s, l in zip(states, self.learners)
+            s["progress"]["step"] == learner.settings.STEPS or s["progress"]["failed"]
+            for s, learner in zip(states, self.learners)
         ):
             for learner, state in zip(self.learners, states):
                 learner.progress = Progress(**state["progress"])
@@ -458,7 +459,7 @@ class Training:
         for learner, state in zip(self.learners, states):
             learner.restore(state)
             learner.replaces = not learner.progress.saved
-        print(f"continuing after step {max(l.progress.step for l in self.learners)} of {self.steps}")
+        print(f"continuing after step {max(learner.progress.step for learner in self.learners)} of {self.steps}")
         return True
 
     def conclude(self):
@@ -531,7 +532,8 @@ def find_state(path, learners, overwrite):
         if not overwrite:
             raise
         return None
-    if states and overwrite and all(s["progress"]["step"] == l.settings.STEPS for s, l in zip(states, learners)):
+    steps = [learner.settings.STEPS for learner in learners]
+    if states and overwrite and [s["progress"]["step"] for s in states] == steps:
         return None
     return states
 
