@@ -478,12 +478,13 @@ def adapt(path, files, stamps, output, device, precision):
     encoder, space = add_person(encoder, space, person, weight, bias)
     if h_test is not None:
         write_test_predictions(output / "submission", encoder, person, len(space.subjects) - 1, h_test)
-    about = {"inputs": inputs, "n_pictures": n_train, "penalties": [f"{v:g}" for v in chosen], "knows_trained": is_all}
+    about = {"inputs": inputs, "n_pictures": n_train, "penalties": [f"{v:g}" for v in chosen]}
     about["constants"] = constants(globals())
     made_with = made["made_with"] | {"adapted": [*made["made_with"].get("adapted", ()), about]}
     save_checkpoint(
         output / "adapted.pt", encoder, space=space, made_with=made_with, scores=scores, step=made["step"],
-        finished=made["finished"], trained_nsd_ids=np.union1d(trained, files.nsd_ids[person.train]),
+        finished=made["finished"], trained_nsd_ids=trained if is_all else None,
+        added_nsd_ids=made.get("added_nsd_ids", {}) | {SUBJECT: files.nsd_ids[person.train]},
     )  # fmt: skip
     print(f"wrote {output / 'adapted.pt'}: {', '.join(space.subjects)}")
 

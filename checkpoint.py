@@ -17,10 +17,13 @@ checkpoint_format = "encoder-2"
 checkpoint_kind = "a checkpoint of train_head.py or finetune.py"
 
 
-def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished=False, trained_nsd_ids=None):
+def save_checkpoint(
+    path, encoder, *, space, made_with, scores, step, finished=False, trained_nsd_ids=None, added_nsd_ids=None
+):
     """Write all that prediction needs. made_with: constants and fingerprints of what made it; finished: of the
     training that chose it, else it is the best so far. Of the trunk what was trained is stored, and position
     embeddings, which timm may have resampled; the rest, the pretrained file's own, is known by its fingerprint.
+    trained_nsd_ids: pictures of the training; added_nsd_ids: {subject: those of its own that adapt.py fitted to}.
     """
     trunk_state = encoder.trunk_state()
     stored = encoder.trunk.stored | {name for name, p in encoder.trunk.named_parameters() if p.requires_grad}
@@ -41,6 +44,7 @@ def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished=F
         "step": step,
         "finished": finished,
         "trained_nsd_ids": None if trained_nsd_ids is None else torch.as_tensor(np.unique(trained_nsd_ids)),
+        "added_nsd_ids": {name: torch.as_tensor(ids) for name, ids in (added_nsd_ids or {}).items()},
     }
     with write_whole(path) as file:
         torch.save(checkpoint, file)
@@ -96,7 +100,7 @@ def load_checkpoint(path, device="cpu", space=None):
         head.load_state_dict(weights, assign=True)  # the file's mapped memory, no second copy
     except RuntimeError as error:
         raise Problem(f"{path} does not fit {trunk.settings['name']}: {' '.join(str(error).split())[:300]}")
-    whole = "published" in checkpoint["made_with"] and not trunk.settings["pretrained"]  # the authors' phase 2
+    whole = stored and "published" in checkpoint["made_with"] and not trunk.settings["pretrained"]  # their phase 2
     if whole and missing & dict(trunk.named_parameters()).keys():
         lacking = ", ".join(sorted(missing)[:3])
         raise Problem(f"{path} holds a trunk without {lacking} …, expected a whole {trunk.settings['name']}")
@@ -163,12 +167,14 @@ def check_made(path, checkpoint, mend, **expected):
             raise Problem(f"{path} was made with {name} {made}, found is {now}; {mend}")
 
 
-def trained_pictures(checkpoint):
-    """-> nsd ids (n,) of the pictures that it was trained on or that people were added from, and whether these are
-    all: the authors' files, and checkpoints of earlier versions, know none."""
-    ids, added = checkpoint.get("trained_nsd_ids"), checkpoint["made_with"].get("adapted", ())
-    is_all = ids is not None and all(each["knows_trained"] for each in added)
-    return np.array([], np.int64) if ids is None else ids.numpy(), is_all
+def trained_pictures(checkpoint, subjects=()):
+    """-> nsd ids (n,) of the pictures that its predictions for these subjects come from, and whether these are all:
+    the authors' files, and checkpoints of earlier versions, know none. A person who was added has pictures of their
+    own, which are in nobody else's predictions."""
+    ids, added = checkpoint.get("trained_nsd_ids"), checkpoint.get("added_nsd_ids", {})
+    known = [] if ids is None else [ids.numpy()]
+    known += [added[name].numpy() for name in subjects if name in added]
+    return np.unique(np.concatenate([np.array([], np.int64), *known])), ids is not None
 
 
 def check_scorable(path, checkpoint, data, split):

@@ -288,15 +288,18 @@ def main():
     shared = {name: value for name, value in head_settings("", "", SEED).items() if name not in (*unimportant, "TRUNK")}
     shared |= {"SEEDS": SEEDS, "RIDGE": RIDGE, "precision": str(precision).removeprefix("torch.")}
     shared |= {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
-    results, missing = {}, {}
+    missing = {}
     with sole_writer(folder, "compare_trunks.py"):
-        for name in trunks:
+        others = {path.parent.name for path in folder.glob("*/scores.json")} - set(trunks)
+        found = {name: finished_rows(folder / name / "scores.json", shared) for name in sorted(others)}
+        results = {name: rows for name, rows in found.items() if rows}
+        for n, name in enumerate(trunks, 1):
             path = folder / name / "scores.json"
             rows = finished_rows(path, shared)
             if rows:
                 print(f"{name} is finished with these inputs")
             else:
-                print(f"{name}, {len(results) + len(missing) + 1} of {len(trunks)}")
+                print(f"{name}, {n} of {len(trunks)}")
                 try:
                     trunk = find_trunk(name)
                     rows = run_trunk(trunk, folder / name, data, pca, device, precision)

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 import prepare_data
-from checkpoint import check_made, load_checkpoint, read_checkpoint, trained_pictures, trunk_fingerprint
-from common import Problem, choose_device, choose_precision
+from checkpoint import (
+    check_made, checkpoint_format, checkpoint_kind, load_checkpoint, trained_pictures, trunk_fingerprint,
+)  # fmt: skip
+from common import Problem, choose_device, choose_precision, read_torch
 from model import feature_latents, predict_mean
 from pictures import to_picture
 
@@ -35,10 +37,11 @@ def choose_checkpoint(path, run_dir):
         such = " or ".join(map(str, inside[:3]))
         raise Problem(f"{chosen} is a folder, expected a checkpoint's file, such as {such}")
     if not path and chosen == finetuned and head.exists():
-        made = read_checkpoint(finetuned)
-        if not made["made_with"]["CHECKPOINT"]:  # else it started from another one, whatever lies here
+        made, first = (read_torch(path, checkpoint_kind) for path in (finetuned, head))
+        ours = made.get("format") == first.get("format") == checkpoint_format  # the authors' files record nothing
+        if ours and not made["made_with"]["CHECKPOINT"]:  # else it started from another one, whatever lies here
             remedy = f"run python finetune.py --run_dir {run_dir} --overwrite true, or name one with --checkpoint"
-            check_made(finetuned, made, remedy, head_fingerprint=read_checkpoint(head)["fingerprint"])
+            check_made(finetuned, made, remedy, head_fingerprint=first["fingerprint"])
     return chosen
 
 
@@ -178,7 +181,7 @@ def fit_to_data(ensemble, data):
     subjects = [space.subjects.index(name) for name in data.space.subjects]
     if (columns < 0).any():
         print(f"{(columns < 0).sum()} of {len(columns)} vertices are none of {path}: predicted as 0, not scored")
-    known = [trained_pictures(made) for _, made in ensemble.checkpoints]
+    known = [trained_pictures(made, data.space.subjects) for _, made in ensemble.checkpoints]
     trained = np.unique(np.concatenate([ids for ids, _ in known]))
     fitted = dataclasses.replace(data, trained_nsd_ids=trained, is_known=columns >= 0)
     if not all(is_all for _, is_all in known):

@@ -175,7 +175,11 @@ def measure(data, split, predictions, ceilings, example=None, device="cpu"):
     """Scores of every subject -> Scored. example: index of the subject whose examples are kept; device: of the
     bootstrap."""
     space, scores, n_images, examples = data.space, {}, {}, []
-    bootstrap = Bootstrap(all_pictures(data, split), RESAMPLES, SEED, device) if RESAMPLES else None
+    pictures = all_pictures(data, split)
+    if not len(pictures):
+        why = "the checkpoint was trained on all there are" if len(data.trained_nsd_ids) else "the data hold none"
+        raise Problem(f"no pictures to score in {split}: {why}; choose another split with --split")
+    bootstrap = Bootstrap(pictures, RESAMPLES, SEED, device) if RESAMPLES else None
     for s, subject in enumerate(space.subjects):
         rows, activity = read_split(data, split, s)
         n_images[subject] = len(rows)
@@ -202,7 +206,7 @@ def measure(data, split, predictions, ceilings, example=None, device="cpu"):
     if np.isnan(ceilings).all():
         scores = {name: {m: v for m, v in metrics.items() if m != "challenge"} for name, metrics in scores.items()}
     table = summarise(scores, space)
-    n_pictures = len(np.unique(all_pictures(data, split)))
+    n_pictures = len(np.unique(pictures))
     return Scored(split, scores, table, headlines(table, bootstrap), n_images, n_pictures, examples)
 
 
@@ -275,6 +279,8 @@ def without_nan(found):
     """For JSON, which has no NaN: None instead, through dicts and lists."""
     if isinstance(found, dict):
         return {key: without_nan(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [without_nan(value) for value in found]
     return None if isinstance(found, float) and np.isnan(found) else found
 
 

@@ -133,6 +133,9 @@ def score_private_test(ensemble, data):
     except Problem as problem:
         print(f"no private test scores: {problem}")
         return {}
+    if not len(data.samples("test")):
+        print("no private test scores: the data hold no such pictures, or none that the checkpoint was not trained on")
+        return {}
     validation = Validation(data, data.images, "test", BATCH_SIZE)
     scored = [None] * len(validation.rows)
     for s, rows in enumerate(validation.rows):
@@ -215,6 +218,8 @@ def activity_of(ensemble, latents, subject, roi_means):
 
 def predict_contrast(ensemble):
     space = ensemble.space
+    if Path(IMAGES).resolve() == Path(CONTRAST).resolve():
+        raise Problem(f"IMAGES and CONTRAST are both {IMAGES}, expected two different ones")
     subjects = choose_subjects(SUBJECT, space)
     sides = {folder: find_pictures(folder, OUTPUT_DIR) for folder in (IMAGES, CONTRAST)}
     with ThreadPoolExecutor() as pool:

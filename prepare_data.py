@@ -166,7 +166,7 @@ def read_pictures(folder, prefix, findings):
         numbers += [int(name[1])] if name else []
     if numbers != sorted(numbers):
         findings.append(
-            f"{folder}: sorted by name, as the rows of the activity are, the pictures do not come in the order of their "
+            f"{folder}: sorted by name, as the rows of the activity are, the pictures are not in the order of their "
             f"numbers: pad these with zeros, as in {prefix}-0002 before {prefix}-0010"
         )
     for nsd_id in np.unique(ids)[np.unique(ids, return_counts=True)[1] > 1]:
@@ -395,19 +395,35 @@ def build_space(subjects):
             names, labels = {}, np.zeros(mask.shape, np.int16)
             for i, s in enumerate(subjects):
                 if group in s.rois:
-                    names |= s.rois[group][0]
-                    labels[i, mask[i]] = np.concatenate([s.rois[group][1][hemi] for hemi in hemis])
+                    numbers = number_areas(names, s.rois[group][0])
+                    own = np.concatenate([s.rois[group][1][hemi] for hemi in hemis])
+                    labels[i, mask[i]] = np.array([numbers.get(n, 0) for n in range(max(numbers) + 1)])[own]
             rois[group] = {"names": names, "labels": torch.from_numpy(labels)}
     vertices = torch.from_numpy(np.concatenate([union[hemi] for hemi in hemis]))
     return Space([s.name for s in subjects], vertices, len(union["lh"]), torch.from_numpy(mask), rois)
 
 
+def number_areas(names, own_names):
+    """-> {number in own_names: number in names}, to which own_names {number: name} are added. An area keeps its
+    number, as all of the challenge's people do, unless another one has it: own mapping files may count otherwise."""
+    numbers = {0: 0}  # no area, whatever it is called
+    names.setdefault(0, own_names.get(0, "Unknown"))
+    for number, name in own_names.items():
+        if number:
+            there = [n for n, known in names.items() if n and known == name]
+            free = number if number not in names else max(names) + 1
+            numbers[number] = there[0] if there else free
+            names[numbers[number]] = name
+    return numbers
+
+
 def find_space(data_dir, challenge_dir):
-    """Space of the prepared data, else of the challenge folder's masks, None where neither is there."""
+    """Space of the prepared data, else of the masks of the challenge's own people, None where neither is there: for
+    the authors' weights, which hold none."""
     if (Path(data_dir) / "prepared.pt").exists():
         return load(data_dir).space
     subjects = []
-    for folder in sorted(Path(challenge_dir).glob("subj[0-9][0-9]/roi_masks")):
+    for folder in sorted(Path(challenge_dir).glob("subj0[1-8]/roi_masks")):
         vertices = {hemi: read_mask(folder / f"{hemi}.all-vertices_fsaverage_space.npy") for hemi in hemis}
         subjects.append(Subject(folder.parent.name, vertices=vertices))
         for group in roi_groups:

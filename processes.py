@@ -132,7 +132,7 @@ def average_gradients(parameters):
     """Mean of the gradients over the processes, in one flat exchange."""
     if world_size() == 1:
         return
-    gradients = [p.grad for p in parameters]
+    gradients = [p.grad for p in parameters if p.grad is not None]  # what no loss depends on has none anywhere
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= world_size()

@@ -38,7 +38,7 @@ def r2_score(activity, prediction):
 
 
 def pearson_r(activity, prediction):
-    """activity, prediction (n_images, n_vertices) tensors -> r (n_vertices,) float64, 0 where either is
+    """activity, prediction (n_images, n_vertices) tensors -> r (n_vertices,) float64 on the CPU, 0 where either is
     constant; NaN for fewer than two images."""
     if len(activity) < 2:
         return torch.full(activity.shape[1:], torch.nan, dtype=torch.float64)
@@ -46,7 +46,7 @@ def pearson_r(activity, prediction):
     constant = (x == x[0]).all(0) | (y == y[0]).all(0)
     x, y = x - x.mean(0), y - y.mean(0)
     xx, yy, xy = ((a * b).sum(0, dtype=torch.float64) for a, b in ((x, x), (y, y), (x, y)))
-    return torch.where(constant, 0, xy / (xx * yy).sqrt()).clamp(-1, 1)
+    return torch.where(constant, 0, xy / (xx * yy).sqrt()).clamp(-1, 1).cpu()
 
 
 def challenge_scores(r, ceiling):

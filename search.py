@@ -271,14 +271,14 @@ def take_round(study, folder, held, precision, n_components):
             ))  # fmt: skip
 
 
-def tell_round(study, folder, trials, learners):
-    """Enter the results of a round; the best trial's checkpoint is copied first, so that a told one is there."""
+def tell_round(study, folder, trials, ended):
+    """Enter what train_round() found; the best trial's checkpoint is copied first, so that a told one is there."""
     with waiting_for(folder / ".study.lock"):
-        scores = [float("nan") if learner.progress.failed else learner.progress.best for learner in learners]
+        scores = [float("nan") if progress.failed else progress.best for _, progress in ended]
         told = [trial.value for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])]
         best = max(range(len(scores)), key=lambda i: -math.inf if math.isnan(scores[i]) else scores[i])
         if scores[best] > max(told, default=-math.inf):
-            with open(learners[best].output, "rb") as source, write_whole(folder / "head.pt") as file:
+            with open(ended[best][0], "rb") as source, write_whole(folder / "head.pt") as file:
                 shutil.copyfileobj(source, file, 1 << 24)
         for trial, score in zip(trials, scores):
             failed = not math.isfinite(score)
@@ -385,15 +385,28 @@ def check_settings():
 
 
 def train_round(trunk, folder, trials, data, pca, device, precision):
-    """-> the learners of a round's trials at its end, and the signal that asked to stop after it, or 0."""
-    settings = [trial_settings(trial.params, folder) for trial in trials]
-    learners = [
-        train_head.new_learner(trunk, s, f"trial-{trial.number:04d}.pt", data, pca, device, precision)
-        for s, trial in zip(settings, trials)
-    ]
-    together = training.Training("search", learners, data, pca, settings[0], tolerant=True)
-    together.run()
-    return learners, together.stop.signal
+    """-> [(checkpoint, progress)] of a round's trials, and the signal that asked to stop, or 0.
+
+    HEADS at a time: the round may have been begun with more, which were too many for the memory.
+    """
+    ended = []
+    for first in range(0, len(trials), HEADS):
+        part = trials[first : first + HEADS]
+        stage = "search" if len(part) == len(trials) else f"search-{part[0].number}-{len(part)}"
+        settings = [trial_settings(trial.params, folder) for trial in part]
+        learners = [
+            train_head.new_learner(trunk, s, f"trial-{trial.number:04d}.pt", data, pca, device, precision)
+            for s, trial in zip(settings, part)
+        ]
+        if not (folder / f"{stage}.state.pt").exists():  # begun in parts of another size: anew, to the same result
+            for learner in learners:
+                learner.output.unlink(missing_ok=True)
+        together = training.Training(stage, learners, data, pca, settings[0], tolerant=True)
+        together.run()
+        ended += [(learner.output, learner.progress) for learner in learners]
+        if together.stop.signal:
+            return ended, together.stop.signal
+    return ended, 0
 
 
 def main():
@@ -419,8 +432,10 @@ def main():
             if not found:
                 break
             worker, trials = found
-            learners, stopped = train_round(trunk, worker, trials, data, pca, device, precision)
-            scores = tell_round(study, folder, trials, learners)
+            ended, stopped = train_round(trunk, worker, trials, data, pca, device, precision)
+            if len(ended) < len(trials):
+                raise SystemExit(128 + stopped)
+            scores = tell_round(study, folder, trials, ended)
             clear(worker)
             with contextlib.suppress(OSError):  # Windows removes no open file
                 (worker / ".lock").unlink()

@@ -19,7 +19,7 @@ import finetune
 import predict
 import prepare_data
 import ridge
-from checkpoint import check_scorable, load_checkpoint, save_checkpoint
+from checkpoint import check_scorable, load_checkpoint, save_checkpoint, trained_pictures
 from common import Problem
 from conftest import hemis, r2_of_vertices, run
 from model import of_features
@@ -246,7 +246,10 @@ def test_curve(adapted, person, fitted, capsys):
     assert set(by_others) == set(data.nsd_id[data.image[data.samples("train")]])
     scored = ~train & ~np.isin(ids, by_others)
     assert scored.sum() == (~train).sum() - 2
-    assert set(made["trained_nsd_ids"].numpy()) == set(by_others) | set(ids[train])
+    assert set(made["trained_nsd_ids"].numpy()) == set(by_others)  # the person's own are in nobody else's predictions
+    assert [set(trained_pictures(made, names)[0]) for names in (["subj01"], ["subj01", "subj09"])] == [
+        set(by_others), set(by_others) | set(ids[train])
+    ]  # fmt: skip
 
     images = np.stack([read_picture(path) for path in pictures])
     own, group = (p.numpy()[:, columns] for p in encoder.predict(images, [8, None]))
@@ -331,7 +334,7 @@ def test_later_stages_take_the_adapted_checkpoint(adapted, person, fitted, chall
     assert "1 of 173 vertices are none of" in out_text and "2 validation and private test samples show" in out_text
     prepared = prepare_data.load(data)
     scored = prepared.samples("val")
-    scored = scored[~np.isin(prepared.nsd_id[prepared.image[scored]], made["trained_nsd_ids"])]
+    scored = scored[~np.isin(prepared.nsd_id[prepared.image[scored]], trained_pictures(made, ["subj09"])[0])]
     prediction = encoder.predict(prepared.images[prepared.image[scored]], [8])[0].numpy()[:, columns]
     y = prepared.read_activity(scored)[:, np.concatenate(known)]
     found = json.loads((tmp_path / "scores/scores.json").read_text())

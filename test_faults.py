@@ -214,7 +214,7 @@ def test_bad_pictures_are_told_at_once(pair, tmp_path):
     code, _, errors = finish(start("prepare_data.py", "--challenge_dir", folder, "--data_dir", tmp_path / "data"))
     assert code == 1 and not (tmp_path / "data").exists()
     expected = ("truncated PNG", "empty file", "not a PNG", "greyscale", "80 x 60 px", "60000 x 60000 px",
-                "stands 2 times", "name not understood", "7 rows, but", "pad these with zeros", "problems in")  # fmt: skip
+                "stands 2 times", "name not understood", "7 rows, but", "pad these", "problems in")  # fmt: skip
     assert [text for text in expected if text not in errors] == []
 
 

@@ -424,6 +424,8 @@ def test_contrast_is_scipys_t_test(finetuned, fitted, tmp_path):
             )
             picture.save(tmp_path / side / f"{i}.png")
             sides[side].append(picture)
+    with pytest.raises(Problem, match="IMAGES and CONTRAST are both"):
+        run(predict, CHECKPOINT=str(finetuned), IMAGES=str(tmp_path / "faces"), CONTRAST=f"{tmp_path}/faces/")
     run(predict, CHECKPOINT=str(finetuned), IMAGES=str(tmp_path / "faces"), CONTRAST=str(tmp_path / "places"),
         BATCH_SIZE=2,
         SUBJECT="subj08,group", OUTPUT_DIR=str(tmp_path / "out"), PRECISION="float32")  # fmt: skip
@@ -524,6 +526,8 @@ def test_which_checkpoint_predicts(phase_1, fitted, tmp_path, capsys):
     torch.save(content | {"finished": False}, tmp_path / "part.pt")
     predict.load_encoder(tmp_path / "part.pt").describe()
     assert "part.pt is the best so far of a training that has not ended" in capsys.readouterr().out
+    torch.save({"epoch": 3, "trunk": None, "encoder": {}}, run_dir / "head.pt")  # the authors': says nothing of itself
+    assert choose_checkpoint("", str(run_dir)) == run_dir / "finetuned.pt"
 
 
 # ---- from Python --------------------------------------------------------------------------------

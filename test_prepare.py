@@ -396,6 +396,20 @@ def test_sole_writer_leaves_no_empty_folder(tmp_path):
 # ---- splits, ids, changed inputs ----------------------------------------------------------------
 
 
+def test_areas_are_told_by_their_names():
+    """Not by the numbers of a person's own mapping file; the challenge's stay as they are."""
+    vertices, people = {h: np.arange(4) for h in prepare_data.hemis}, []
+    mappings = [{0: "Unknown", 1: "early", 2: "ventral"}, {1: "ventral", 2: "lateral", 3: "early"}]
+    for i, mapping in enumerate(mappings):
+        labels = {"lh": np.array([0, 1, 2, 0], np.int16), "rh": np.array([2, 2, 1, 3 * i], np.int16)}
+        people.append(prepare_data.Subject(f"subj{i}", vertices=vertices, rois={"streams": (mapping, labels)}))
+    found = prepare_data.build_space(people).rois["streams"]
+    assert {n: found["names"][n] for n in mappings[0]} == mappings[0]
+    for s, (mapping, labels) in enumerate(person.rois["streams"] for person in people):
+        expected = [mapping.get(n, "Unknown") for n in np.concatenate([labels[h] for h in prepare_data.hemis])]
+        assert [found["names"][int(n)] for n in found["labels"][s]] == expected
+
+
 def authors_split(name, n):
     """The rule, written anew -> {split: rows}."""
     text = "('generate_splits', 'training-official', '" + name + "', 2023)"

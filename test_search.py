@@ -172,6 +172,27 @@ def test_killed_search_continues(fitted, tmp_path, capsys):
         run(search, **settings, RUN_DIR=str(tmp_path / "single"))
 
 
+def test_a_round_too_large_goes_on_with_fewer_heads(fitted, tmp_path, monkeypatch):
+    settings = quick | ranges | dict(DATA_DIR=str(fitted), TRIALS=3, STEPS=2, VALIDATE_EVERY=1)
+    run(search, **settings, HEADS=3, RUN_DIR=str(tmp_path / "whole"))
+    step, n_heads = training.train_step, []
+
+    def small_memory(learners, *arguments):
+        n_heads.append(len(learners))
+        if len(learners) > 2:
+            raise MemoryError
+        step(learners, *arguments)
+
+    monkeypatch.setattr(training, "train_step", small_memory)
+    with pytest.raises(MemoryError):
+        run(search, **settings, HEADS=3, RUN_DIR=str(tmp_path / "parts"))
+    run(search, **settings, HEADS=2, RUN_DIR=str(tmp_path / "parts"))
+    assert n_heads == [3, 2, 2, 1, 1]
+    assert (tmp_path / "whole/search.csv").read_bytes() == (tmp_path / "parts/search.csv").read_bytes()
+    assert_equal(torch.load(tmp_path / "whole/head.pt"), torch.load(tmp_path / "parts/head.pt"))
+    assert files_of(tmp_path / "parts") == {"head.pt", "search.csv", "search.png", "study.journal"}
+
+
 def test_two_processes_share_a_study(fitted, tmp_path):
     """Each waits in its first round until the other one has begun; every trial is trained once."""
     settings = quick | ranges | dict(DATA_DIR=str(fitted), TRIALS=7, HEADS=2, STEPS=4, RUN_DIR=str(tmp_path))
@@ -244,7 +265,7 @@ def test_trunks_are_compared(fitted, tmp_path, capsys):
     settings = dict(DATA_DIR=str(fitted), RUN_DIR=str(tmp_path), PRETRAINED=False, IMAGE_SIZE=112, LAYERS="blocks.0",
                     BATCH_SIZE=48, STEPS=6, SEEDS=2, DEVICE="cpu", PRECISION="float32")  # fmt: skip
     run(compare_trunks, **settings, TRUNKS=tiny)
-    checkpoint = tmp_path / tiny / "seed-1.pt"
+    checkpoint, alone = tmp_path / tiny / "seed-1.pt", (tmp_path / "trunks.csv").read_bytes()
     before = checkpoint.stat().st_mtime_ns
     with pytest.raises(Problem, match="1 of 3 trunks are not in the table:\n  vit_nothing: unknown trunk"):
         run(compare_trunks, **settings, TRUNKS=f"{tiny} vit_nothing {other}")
@@ -257,6 +278,9 @@ def test_trunks_are_compared(fitted, tmp_path, capsys):
     assert best[0] != best[1]
     assert float(rows[tiny, "head"]["val_r2"]) == pytest.approx(np.mean(best), abs=1e-6)
     assert float(rows[tiny, "head"]["deviation"]) == pytest.approx(np.std(best, ddof=1), abs=1e-6)
+    table = (tmp_path / "trunks.csv").read_bytes()
+    run(compare_trunks, **settings, TRUNKS=other)  # by itself it leaves the others in the table
+    assert (tmp_path / "trunks.csv").read_bytes() == table != alone
     made = [log[0]["made_with"] for log in logs]
     assert {name for name in made[0] if made[0][name] != made[1][name]} == {"SEED"}
     with pytest.raises(Problem, match="STEPS: 6 there, 7 now"):

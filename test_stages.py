@@ -2,11 +2,13 @@
 
 import copy
 import csv
+import dataclasses
 import json
 import math
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -262,7 +264,12 @@ def test_trained_embedding_on_a_subset(subset, tmp_path, capsys):
     folders = dict(DATA_DIR=str(subset), RUN_DIR=str(tmp_path / "run"))
     options = folders | both | dict(BATCH_SIZE=20, MICRO_BATCH=10, FEATURE_DROPOUT=0.0, STEPS=3, WARMUP_STEPS=1)
     options |= dict(LEARNING_RATE=0.01, MIN_LEARNING_RATE=0.002, BETAS=(0.8, 0.9), WEIGHT_DECAY=0.5)
-    head = trained(train_head, **options, **small, TRAIN_EMBEDDING=True)
+    loaded, load = [], fit_pca.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_pca, "load", lambda *arguments: loaded.append(load(*arguments)) or loaded[-1])
+        head = trained(train_head, **options, **small, TRAIN_EMBEDDING=True)
+    pca = load(subset, prepare_data.load(subset))  # others use the PCA's memory, which is not trained
+    assert torch.equal(loaded[0].components, pca.components) and torch.equal(loaded[0].mean, pca.mean)
     embedding = {"head.embed_weight", "head.embed_bias"}
     assert embedding < head.trainable and len(head.trainable) == 2 * 4 + 3 + 2
     rates = [0.002, 0.01, 0.006]  # the minimum, the peak, half of the way down
@@ -357,6 +364,16 @@ def test_private_test_scores(submission, subjects, fitted):
 def original_test(challenge, subject, kind="test_fmri/{}_test_fmri.npy"):
     """A subject's held-out activity (n_images, n_vertices) or ceilings, left hemisphere first."""
     return np.concatenate([np.load(challenge / subject / "test_split" / kind.format(h)) for h in hemis], axis=-1)
+
+
+def test_nothing_to_score_is_told(fitted, capsys):
+    """Where a checkpoint, such as one adapted to all of a person's pictures, was trained on all that are there."""
+    data = prepare_data.load(fitted)
+    data = dataclasses.replace(data, trained_nsd_ids=data.nsd_id)
+    with pytest.raises(Problem, match="no pictures to score in val: the checkpoint was trained on all there are"):
+        evaluate.measure(data, "val", None, None)
+    assert predict.score_private_test(SimpleNamespace(checkpoints=[]), data) == {}
+    assert "no private test scores" in capsys.readouterr().out
 
 
 def test_scores_are_scikit_learns_and_scipys(submission, challenge, fitted, subjects, tmp_path):

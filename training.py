@@ -110,8 +110,10 @@ class Learner:
         self.precision, self.progress = precision, Progress()
         self.replaces = False  # whether a trained checkpoint of an earlier run lies there until this one has a better
         if s.TRAIN_EMBEDDING:
-            encoder.head.embed_weight.requires_grad_(True)
-            encoder.head.embed_bias.requires_grad_(True)
+            head = encoder.head  # a copy: on a CPU it is the PCA's own memory, which other heads use
+            head.set_embedding(head.embed_weight.detach().clone(), head.embed_bias.detach().clone())
+            head.embed_weight.requires_grad_(True)
+            head.embed_bias.requires_grad_(True)
         encoder.head.dropout = s.FEATURE_DROPOUT
         important = {k: v for k, v in settings.items() if k not in unimportant}
         self.inputs = {**important, **made_from, "precision": str(precision).removeprefix("torch.")}
