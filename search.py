@@ -72,8 +72,9 @@ searched = ("LEARNING_RATE", "WEIGHT_DECAY", "FEATURE_DROPOUT", "LATENT_DIM", "P
 
 
 def new_sampler(seed):
-    """From the first finished round on a Gaussian process, which knows what the running trials are trying: it finds
-    better constants in 32 trials than Optuna's other samplers in 48 (python benchmark.py --parts search)."""
+    """From the first finished round on a Gaussian process, which knows what the running trials are trying: in two
+    rounds it comes where Optuna's other samplers come in four, or don't (benchmark.py --parts search, docs/search.md).
+    """
     return optuna.samplers.GPSampler(seed=seed, n_startup_trials=8)
 
 
