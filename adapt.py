@@ -381,14 +381,8 @@ def add_rois(rois, own, columns, shape):
     for group in dict.fromkeys([*rois, *own]):
         before = rois.get(group, {"names": {}, "labels": torch.zeros(shape, dtype=torch.int16)})
         names, labels = dict(before["names"]), torch.zeros(1, shape[1], dtype=torch.int16)
-        own_names, own_labels = own.get(group, ({}, None))
-        for label, name in own_names.items():
-            if label == 0:
-                names.setdefault(0, name)
-                continue
-            number = next((v for v, known in names.items() if known == name and v), max(names, default=0) + 1)
-            names[number] = name
-            labels[0, columns[own_labels == label]] = number
+        if group in own:
+            labels[0, columns] = torch.from_numpy(prepare_data.merge_areas(names, *own[group]))
         found[group] = {"names": names, "labels": torch.cat([before["labels"], labels])}
     return found
 

@@ -61,6 +61,11 @@ def read_checkpoint(path):
     return check_format(content, path, checkpoint_format, checkpoint_kind)
 
 
+def is_published(content):
+    """Whether a file, as it was read, is one of the authors'."""
+    return set(content) >= {"trunk", "encoder"}
+
+
 def mark_finished(path):
     """Say in a checkpoint that the training which chose it has come to its end."""
     checkpoint = read_checkpoint(path)
@@ -76,7 +81,7 @@ def load_checkpoint(path, device="cpu", space=None):
     published files need it, which hold none.
     """
     content = read_torch(path, checkpoint_kind)
-    if set(content) >= {"trunk", "encoder"}:
+    if is_published(content):
         checkpoint = convert_published(content, space() if callable(space) else space, path)
     else:
         checkpoint = read_checkpoint(path)
@@ -100,8 +105,7 @@ def load_checkpoint(path, device="cpu", space=None):
         head.load_state_dict(weights, assign=True)  # the file's mapped memory, no second copy
     except RuntimeError as error:
         raise Problem(f"{path} does not fit {trunk.settings['name']}: {' '.join(str(error).split())[:300]}")
-    whole = stored and "published" in checkpoint["made_with"] and not trunk.settings["pretrained"]  # their phase 2
-    if whole and missing & dict(trunk.named_parameters()).keys():
+    if stored and is_published(content) and missing & dict(trunk.named_parameters()).keys():  # theirs are of phase 2
         lacking = ", ".join(sorted(missing)[:3])
         raise Problem(f"{path} holds a trunk without {lacking} …, expected a whole {trunk.settings['name']}")
     trunk.stored |= set(stored)

@@ -54,6 +54,13 @@ def run_process(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+def on_command_line(settings):
+    """The constants as a user types them."""
+    words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else str(v).lower() if isinstance(v, bool) else str(v)
+             for k, v in settings.items()}  # fmt: skip
+    return [part for name, text in words.items() for part in (f"--{name.lower()}", text)]
+
+
 def start(script, *arguments, before=""):
     """A stage as a process of its own; before: code that runs ahead of it, such as a trap. It is forked from a
     process that has imported what the stages import and has done nothing else, as importing takes seconds."""

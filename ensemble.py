@@ -14,7 +14,7 @@ from PIL import Image
 
 import prepare_data
 from checkpoint import (
-    check_made, checkpoint_format, checkpoint_kind, load_checkpoint, trained_pictures, trunk_fingerprint,
+    check_made, checkpoint_kind, is_published, load_checkpoint, read_checkpoint, trained_pictures, trunk_fingerprint,
 )  # fmt: skip
 from common import Problem, choose_device, choose_precision, read_torch
 from model import feature_latents, predict_mean
@@ -37,12 +37,19 @@ def choose_checkpoint(path, run_dir):
         such = " or ".join(map(str, inside[:3]))
         raise Problem(f"{chosen} is a folder, expected a checkpoint's file, such as {such}")
     if not path and chosen == finetuned and head.exists():
-        made, first = (read_torch(path, checkpoint_kind) for path in (finetuned, head))
-        ours = made.get("format") == first.get("format") == checkpoint_format  # the authors' files record nothing
-        if ours and not made["made_with"]["CHECKPOINT"]:  # else it started from another one, whatever lies here
-            remedy = f"run python finetune.py --run_dir {run_dir} --overwrite true, or name one with --checkpoint"
-            check_made(finetuned, made, remedy, head_fingerprint=first["fingerprint"])
+        check_pair(finetuned, head, run_dir)
     return chosen
+
+
+def check_pair(finetuned, head, run_dir):
+    """Refuse a run's finetuned.pt that was made from another head.pt than lies there. The authors' files record
+    nothing."""
+    if any(is_published(read_torch(path, checkpoint_kind)) for path in (finetuned, head)):
+        return
+    made = read_checkpoint(finetuned)
+    if not made["made_with"]["CHECKPOINT"]:  # else it started from another one, whatever lies here
+        remedy = f"run python finetune.py --run_dir {run_dir} --overwrite true, or name one with --checkpoint"
+        check_made(finetuned, made, remedy, head_fingerprint=read_checkpoint(head)["fingerprint"])
 
 
 def choose_checkpoints(paths, run_dir):

@@ -14,7 +14,6 @@ Of NSD-Flat (prepare_flat.py) these are pixels of its maps, and so they are call
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from checkpoint import check_scorable
 from common import Problem, check_least, choose_device, constants, run_script, versions, write_whole
 from ensemble import choose_checkpoints, load_for
 from flatmap import FlatMap, save_figure
-from results import csv_bytes
+from results import csv_bytes, write_json
 from scores import Bootstrap, count_pictures, headlines, overall, pick, sample_r2, score, summarise
 
 DATA_DIR = prepare_data.DATA_DIR  # prepared data and PCA
@@ -197,8 +196,6 @@ def measure(data, split, predictions, ceilings, example=None, device="cpu"):
         if s == example:
             examples = choose_examples(rows, data.nsd_id, activity, predicted["subject"], has)
     if not scores:
-        if data.test_activity is not None:
-            raise Problem("nothing to score in challenge: the files prepared held no test split; try --split val")
         raise Problem(
             f"nothing to score in {split}: {CHALLENGE_DIR}/subjXX/test_split/test_fmri/{{lh,rh}}_test_fmri.npy is not "
             "there for any subject of the prepared data; --split val scores the validation split"
@@ -293,8 +290,7 @@ def write_scores(output, what, scored, reported, ceilings, space):
             "split": reported.split, "n_images": reported.n_images, "n_pictures": reported.n_pictures,
             "scores": reported.headlines,
         }  # fmt: skip
-    with write_whole(output / "scores.json") as file:
-        file.write(json.dumps(without_nan(content), indent=1).encode())
+    write_json(output / "scores.json", without_nan(content))
     with write_whole(output / "scores.csv") as file:
         rows = [[f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in scored.table]
         names = [name.replace("vertices", space.unit) for name in scored.table[0]]

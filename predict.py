@@ -24,7 +24,6 @@ goes on with the same command. From Python: load_encoder() (README).
 """
 
 import contextlib
-import json
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,7 +39,7 @@ from ensemble import choose_checkpoints, choose_subjects, load_encoder, load_for
 from flatmap import FlatMap, fit_limits, save_figure
 from model import decode_mean
 from pictures import check_headers, find_pictures, nsd_id, read_batches
-from results import ActivityWriter, RoiMeans, draw_map, gifti_bytes, open_results, roi_columns
+from results import ActivityWriter, RoiMeans, draw_map, gifti_bytes, open_results, roi_columns, write_json
 from scores import Moments, r2_score, welch
 from training import Validation
 
@@ -89,8 +88,7 @@ def predict_challenge(paths):
             path, scores = path.with_name(f"{path.stem}_scores.json"), made["scores"] | scores
         else:
             path = Path(SUBMISSION_DIR) / "scores.json"
-        with write_whole(path) as file:
-            file.write(json.dumps(scores, indent=1).encode())
+        write_json(path, scores)
         print(f"wrote {path}")
 
 

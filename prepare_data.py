@@ -157,13 +157,12 @@ def read_pictures(folder, prefix, findings):
     paths = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     if not paths:
         raise Problem(f"{folder} holds no pictures, expected {prefix}-0001_nsd-00013.png and so on")
-    ids, numbers = [], []
-    for path in paths:
-        name = re.fullmatch(rf"{prefix}-(\d+)_nsd-(\d+)\.png", path.name)
+    names = [re.fullmatch(rf"{prefix}-(\d+)_nsd-(\d+)\.png", path.name) for path in paths]
+    for path, name in zip(paths, names):
         if not name:
             findings.append(f"{path}: name not understood, expected {prefix}-0001_nsd-00013.png or the like")
-        ids.append(int(name[2]) if name else -1 - len(ids))
-        numbers += [int(name[1])] if name else []
+    ids = [int(name[2]) if name else -1 - i for i, name in enumerate(names)]
+    numbers = [int(name[1]) for name in names if name]
     if numbers != sorted(numbers):
         findings.append(
             f"{folder}: sorted by name, as the rows of the activity are, the pictures are not in the order of their "
@@ -395,26 +394,26 @@ def build_space(subjects):
             names, labels = {}, np.zeros(mask.shape, np.int16)
             for i, s in enumerate(subjects):
                 if group in s.rois:
-                    numbers = number_areas(names, s.rois[group][0])
-                    own = np.concatenate([s.rois[group][1][hemi] for hemi in hemis])
-                    labels[i, mask[i]] = np.array([numbers.get(n, 0) for n in range(max(numbers) + 1)])[own]
+                    own_names, own = s.rois[group]
+                    labels[i, mask[i]] = merge_areas(names, own_names, np.concatenate([own[hemi] for hemi in hemis]))
             rois[group] = {"names": names, "labels": torch.from_numpy(labels)}
     vertices = torch.from_numpy(np.concatenate([union[hemi] for hemi in hemis]))
     return Space([s.name for s in subjects], vertices, len(union["lh"]), torch.from_numpy(mask), rois)
 
 
-def number_areas(names, own_names):
-    """-> {number in own_names: number in names}, to which own_names {number: name} are added. An area keeps its
-    number, as all of the challenge's people do, unless another one has it: own mapping files may count otherwise."""
-    numbers = {0: 0}  # no area, whatever it is called
-    names.setdefault(0, own_names.get(0, "Unknown"))
-    for number, name in own_names.items():
-        if number:
-            there = [n for n, known in names.items() if n and known == name]
-            free = number if number not in names else max(names) + 1
-            numbers[number] = there[0] if there else free
-            names[numbers[number]] = name
-    return numbers
+def merge_areas(names, own_names, labels):
+    """labels (n,) of one person, whose areas are own_names {label: name} -> labels (n,) int16 among names, which gets
+    what it lacks. Areas are told by their names: a label stays, as the challenge's people's do, unless it is another
+    area's, as own mapping files may count otherwise."""
+    names.setdefault(0, own_names.get(0, "Unknown"))  # no area, whatever it is called
+    merged = np.zeros(labels.shape, np.int16)
+    for label, name in own_names.items():
+        if label:
+            there = [known for known in names if known and names[known] == name]
+            number = there[0] if there else label if label not in names else max(names) + 1
+            names[number] = name
+            merged[labels == label] = number
+    return merged
 
 
 def find_space(data_dir, challenge_dir):

@@ -19,7 +19,7 @@ import prepare_data
 import train_head
 from checkpoint import load_checkpoint
 from common import Problem
-from conftest import assert_equal, both, cut, finish, png_claiming, run, small, start, tiny
+from conftest import assert_equal, both, cut, finish, on_command_line, png_claiming, run, small, start, tiny
 
 
 # dies as by kill -9 in the middle of the n-th file that torch.save writes
@@ -105,8 +105,7 @@ def test_training_continues_bit_for_bit(fitted, tmp_path, capsys):
     settings |= small | dict(LAYERS="blocks.{0,1}")
     left_alone, killed = tmp_path / "left_alone", tmp_path / "killed"
     run(train_head, **settings, RUN_DIR=str(left_alone))
-    options = [part for name, value in settings.items() for part in (f"--{name.lower()}", value)]
-    command = ("train_head.py", "--run_dir", killed, *options)
+    command = ("train_head.py", "--run_dir", killed, *on_command_line(settings))
     for n in (1, 2, 3):
         assert finish(start(*command, before=dies_while_saving.format(n=n)))[0] == -signal.SIGKILL
     code, _, errors = finish(start(*command, before=terminated_at_step_3))

@@ -37,7 +37,7 @@ import prepare_nsd
 import train_head
 from checkpoint import load_checkpoint
 from common import Problem
-from conftest import both, finish, hemis, r2_of_vertices, run, small, start
+from conftest import both, finish, hemis, on_command_line, r2_of_vertices, run, small, start
 
 groups = ("streams", "prf-visualrois", "floc-bodies", "floc-faces", "floc-places", "floc-words")
 n_fsaverage, n_native, n_stimuli = 163842, 700, 73000
@@ -400,19 +400,14 @@ Image.Image.save = mortal
 """
 
 
-def started(script, values, before=""):
-    texts = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in values.items()}
-    return start(script, *[part for name, text in texts.items() for part in (f"--{name.lower()}", text)], before=before)
-
-
 def test_killed_run_goes_on_with_the_next_subject(nsd, derived, tmp_path):
-    values = settings(nsd, tmp_path)
+    command = ("prepare_nsd.py", *on_command_line(settings(nsd, tmp_path)))
     n_first = len(list(derived.glob("subj01/*/*_images/*")))
     dies = dies_while_encoding.format(n=n_first + 3)
-    assert finish(started("prepare_nsd.py", values, before=dies))[0] == -signal.SIGKILL
+    assert finish(start(*command, before=dies))[0] == -signal.SIGKILL
     assert [p.name for p in sorted(tmp_path.iterdir())] == [".lock", ".subj03.partial", "subj01"]
     done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("subj01/**/*")}
-    code, out, err = finish(started("prepare_nsd.py", values))
+    code, out, err = finish(start(*command))
     assert code == 0 and "subj01 is there already" in out, err
     assert done == {p: p.stat().st_mtime_ns for p in tmp_path.glob("subj01/**/*")}
     assert contents(tmp_path) == contents(derived)

@@ -26,7 +26,9 @@ import results
 import train_head
 from checkpoint import load_checkpoint, save_checkpoint
 from common import Problem
-from conftest import assert_equal, both, cut, finish, here, hemis, plain_input, png_claiming, run, small, start
+from conftest import (
+    assert_equal, both, cut, finish, here, hemis, on_command_line, plain_input, png_claiming, run, small, start,
+)  # fmt: skip
 from ensemble import choose_checkpoint
 
 
@@ -324,8 +326,7 @@ def test_a_killed_call_continues(finetuned, colours, tmp_path, capsys):
         colour(20, 200, 90 + ord(name)).save(folder / f"{name}.png")
     options = dict(CHECKPOINT=finetuned, IMAGES=folder, SUBJECT="subj06,group", BATCH_SIZE=2, MAPS=0, GIFTI=0)
     in_python = {name: value if isinstance(value, int) else str(value) for name, value in options.items()}
-    command = ["predict.py", *(part for name, value in options.items() for part in (f"--{name.lower()}", value))]
-    command += ["--output_dir", tmp_path / "killed"]
+    command = ("predict.py", "--output_dir", tmp_path / "killed", *on_command_line(options))
     run(predict, **in_python, OUTPUT_DIR=str(tmp_path / "alone"))
     whole, killed = (folder / "z.png").read_bytes(), tmp_path / "killed"
     cut(folder / "z.png")

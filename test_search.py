@@ -20,7 +20,7 @@ import train_head
 import training
 from checkpoint import load_checkpoint
 from common import Problem, constants, parse_constant
-from conftest import assert_equal, both, finish, run, small, start, tiny
+from conftest import assert_equal, both, finish, on_command_line, run, small, start, tiny
 from model import Trunk
 
 
@@ -81,13 +81,6 @@ ranges = dict(
     LATENT_DIM_RANGE=(8, 32), LAYERS_CHOICES="blocks.{0,1}; blocks.0",
 )  # fmt: skip
 quick = dict(TRUNK=tiny, PRETRAINED=False, IMAGE_SIZE=56, BATCH_SIZE=48, PRECISION="float32", DEVICE="cpu", SEED=7)
-
-
-def on_command_line(settings):
-    """The constants as a user types them."""
-    words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else str(v).lower() if isinstance(v, bool) else str(v)
-             for k, v in settings.items()}  # fmt: skip
-    return [part for name, text in words.items() for part in (f"--{name.lower()}", text)]
 
 
 def trials_of(folder):

@@ -17,7 +17,7 @@ import train_head
 import training
 from checkpoint import read_checkpoint
 from common import Problem, constants, run_script
-from conftest import assert_equal, both, here, run, small
+from conftest import assert_equal, both, here, on_command_line, run, small
 from model import Encoder, Head, dropout_mask
 from test_model import Patches
 
@@ -338,18 +338,15 @@ def test_both_phases_in_many_processes(fitted, tmp_path):
     run(train_head, **settings, RUN_DIR=str(tmp_path / "one"))
     run(finetune, **second, RUN_DIR=str(tmp_path / "one"))
 
-    def options(values):
-        return [part for name, value in values.items() for part in (f"--{name.lower()}", str(value).strip("()"))]
-
     folder = ["--run_dir", tmp_path / "many"]
     trap = tmp_path / "train_head.py"  # its second process dies in the fourth step
     trap.write_text(dies_in_the_fourth_step.format(here=str(here)))
-    code, _, err = ended(torchrun(2, trap, *folder, *options(settings)))
+    code, _, err = ended(torchrun(2, trap, *folder, *on_command_line(settings)))
     assert code == 1 and err.count("error: another process ended") == 1
     assert read_checkpoint(tmp_path / "many/head.pt")["step"] == 2
-    code, out, err = ended(torchrun(3, "train_head.py", *folder, *options(settings)))
+    code, out, err = ended(torchrun(3, "train_head.py", *folder, *on_command_line(settings)))
     assert code == 0 and out.count("continuing after step 2 of 6") == 1, err
-    code, out, err = ended(torchrun(2, "finetune.py", *folder, *options(second)))
+    code, out, err = ended(torchrun(2, "finetune.py", *folder, *on_command_line(second)))
     assert code == 0, err
     for stage in ("train_head", "finetune"):
         one, many = (training.read_log(tmp_path / name / f"{stage}.jsonl") for name in ("one", "many"))
