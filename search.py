@@ -115,8 +115,24 @@ def ranges():
     return {name: globals()[f"{name}_RANGE"] for name in searched if f"{name}_RANGE" in globals()}
 
 
+def spread_crop_scale(n_rounds):
+    """The crop scale of the round that follows n_rounds others, or None: it is the sampler's to choose.
+
+    A sampler that has seen one crop scale in every trial has no reason to try another: three rounds spread over the
+    range first, the report's among them.
+    """
+    if n_rounds > 2:
+        return None
+    low, high = CROP_SCALE_RANGE
+    if high == low:
+        return low
+    first = (train_head.CROP_SCALE - low) / (high - low)
+    golden = (math.sqrt(5) - 1) / 2  # steps of it, modulo 1, leave no wide gap
+    return low + ((first if 0 <= first <= 1 else 0.5) + n_rounds * golden) % 1 * (high - low)
+
+
 def draw(trials, n_components, crop_scale=None):
-    """The next trial in the knowledge of all trials so far, running ones too. crop_scale: of its round.
+    """The next trial in the knowledge of all trials so far, running ones too. crop_scale: of its round, if known.
 
     The sampler is seeded by the trial's number: processes draw different ones, a continued study draws the same.
     """
@@ -266,7 +282,9 @@ def take_round(study, folder, held, precision, n_components):
             mine = [trial for trial in trials if trial.user_attrs["round"] == mark]
             if len(mine) == mark["size"]:
                 return folder / mark["worker"], mine
-            new = draw(trials, n_components, mine[0].params["CROP_SCALE"] if mine else None)
+            n_before = sum(first < mark["first"] for first in rounds)
+            crop_scale = mine[0].params["CROP_SCALE"] if mine else spread_crop_scale(n_before)
+            new = draw(trials, n_components, crop_scale)
             study.add_trial(optuna.trial.create_trial(
                 state=TrialState.RUNNING, user_attrs={"round": mark}, params=new.params, distributions=new.distributions
             ))  # fmt: skip
