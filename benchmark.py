@@ -731,7 +731,7 @@ def part_adapt(device, precision, folder):
     """The demo's eighth person, scored on the test pictures, which nobody was trained on."""
     folder, script = Path(folder), Path(__file__).parent
     challenge, name = folder / "challenge", "subj08"
-    demo.simulate(challenge, n_train=demo.N_TRAIN, n_test=demo.N_TEST)
+    demo.simulate(challenge, n_train=demo.N_TRAIN, n_test=demo.N_TEST, picture_size=demo.PICTURE_SIZE)
 
     def stage(script_name, **arguments):
         arguments = [f"--{key}={value}" for key, value in arguments.items()]

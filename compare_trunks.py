@@ -247,6 +247,8 @@ def plot_table(lines, path):
         axes.plot([], [], "|", color="C1", markersize=14, markeredgewidth=2, label="report, Table 4")
     axes.legend(fontsize=7, loc="lower right")
     axes.set(xlabel="validation median R²")
+    axes.locator_params(axis="x", nbins=6)
+    axes.ticklabel_format(axis="x", useOffset=False)
     axes.grid(axis="x", alpha=0.3)
     with write_whole(path) as file:
         figure.savefig(file, dpi=150, format="png")

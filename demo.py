@@ -33,8 +33,10 @@ DEMO_DIR = "demo"  # everything is written below this folder; the next run repla
 SEED = 0  # of the simulated data
 N_TRAIN = 360  # training pictures of subj01; the others in the proportions of the challenge
 N_TEST = 30  # test pictures of subj01, likewise
+PICTURE_SIZE = 256  # px (challenge: 425); what prepare_data.py keeps
 TRUNK = "eva02_tiny_patch14_224.mim_in22k"  # 5.5 M parameters; untrained, as weights need a network
 LAYERS = "blocks.{0,1}"  # nothing above the last one is computed, so early ones are cheap
+IMAGE_SIZE = 140  # px, input of the trunk (report: 224): less than half the time, the same scores here
 LATENT_DIM = 256  # units of the feature projection
 PCA_DIM = 64  # components of the group PCA
 BATCH_SIZE = 64  # samples
@@ -81,7 +83,7 @@ def main():
     demo = start_folder(Path(DEMO_DIR))
     challenge, data, run = (str(demo / name) for name in ("challenge", "data", "run"))
     print(f"simulating {challenge}: eight people looking at about {N_TRAIN + N_TEST} pictures each", flush=True)
-    simulate(challenge, n_train=N_TRAIN, n_test=N_TEST, seed=SEED)
+    simulate(challenge, n_train=N_TRAIN, n_test=N_TEST, picture_size=PICTURE_SIZE, seed=SEED)
 
     train(stage, challenge, data, run)
     phase1 = dict(checkpoint=f"{run}/head.pt", submission_dir=f"{demo}/submission_head")
@@ -112,7 +114,7 @@ def train(stage, challenge, data, run, subjects=""):
     """Prepare the data of subjects (all: empty) and train on them. stage: what runs a script with constants."""
     # little data and an untrained trunk: less regularisation and larger steps than in the report
     training = dict(weight_decay=0.1, feature_dropout=0.2)
-    head = dict(trunk=TRUNK, pretrained="false", layers=LAYERS, latent_dim=LATENT_DIM)
+    head = dict(trunk=TRUNK, pretrained="false", image_size=IMAGE_SIZE, layers=LAYERS, latent_dim=LATENT_DIM)
     rates = dict(
         batch_size=BATCH_SIZE, steps=STEPS, warmup_steps=STEPS // 10, learning_rate=5e-3, min_learning_rate=1e-4
     )
@@ -121,7 +123,7 @@ def train(stage, challenge, data, run, subjects=""):
     stage("fit_pca.py", data_dir=data, pca_dim=PCA_DIM)
     stage("train_head.py", data_dir=data, run_dir=run, **head, **rates, **training)
     rates = dict(
-        batch_size=BATCH_SIZE // 2, steps=FINETUNE_STEPS, warmup_steps=FINETUNE_STEPS // 10, learning_rate=5e-4
+        batch_size=BATCH_SIZE // 2, steps=FINETUNE_STEPS, warmup_steps=FINETUNE_STEPS // 10, learning_rate=2e-3
     )
     stage("finetune.py", data_dir=data, run_dir=run, **rates, **training)
 
@@ -130,7 +132,7 @@ def new_person(demo, run):
     """A ninth person, whom nothing was trained on, with some 100 pictures."""
     folder, output = demo / "new_person", demo / "subj09"
     print(f"\nsimulating {folder}: a ninth person, whom the checkpoint does not know", flush=True)
-    simulate(folder, subjects=[9], n_train=N_TRAIN, n_test=N_TEST, seed=SEED)
+    simulate(folder, subjects=[9], n_train=N_TRAIN, n_test=N_TEST, picture_size=PICTURE_SIZE, seed=SEED)
     stage("adapt.py", challenge_dir=folder, subject="subj09", run_dir=run, output_dir=output)
     print(f"{output}/curve.png draws score against number of pictures; {output}/adapted.pt knows nine people.")
 
@@ -318,7 +320,7 @@ def zscore(x):
 def draw_picture(photos, rng, size):
     """A size x size RGB picture: two views of photographs blended, some patches, coloured light.
 
-    Drawn at half size, which halves the time; the trunk sees no more than 224 pixels anyway.
+    Drawn at half size, which halves the time; the model sees little more.
     """
     half = size // 2 + 1
 

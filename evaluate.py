@@ -272,15 +272,6 @@ def print_number(scored, reported):
     print(f"the number to report: {number} on {reported.what}")
 
 
-def without_nan(found):
-    """For JSON, which has no NaN: None instead, through dicts and lists."""
-    if isinstance(found, dict):
-        return {key: without_nan(value) for key, value in found.items()}
-    if isinstance(found, (list, tuple)):
-        return [without_nan(value) for value in found]
-    return None if isinstance(found, float) and np.isnan(found) else found
-
-
 def write_scores(output, what, scored, reported, ceilings, space):
     """scores.json, scores.csv and vertices.npz, as the top of this file lists them."""
     found = {"n_images": scored.n_images, "n_pictures": scored.n_pictures, "scores": scored.headlines}
@@ -290,7 +281,7 @@ def write_scores(output, what, scored, reported, ceilings, space):
             "split": reported.split, "n_images": reported.n_images, "n_pictures": reported.n_pictures,
             "scores": reported.headlines,
         }  # fmt: skip
-    write_json(output / "scores.json", without_nan(content))
+    write_json(output / "scores.json", content)
     with write_whole(output / "scores.csv") as file:
         rows = [[f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in scored.table]
         names = [name.replace("vertices", space.unit) for name in scored.table[0]]

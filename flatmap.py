@@ -273,6 +273,7 @@ def save_figure(figure, path):
     import matplotlib.pyplot as plt
 
     separate_names(figure)
+    figure.set_layout_engine("none")  # the layout is done, and takes as long as the drawing
     with write_whole(path) as file:
         figure.savefig(file, dpi=150, format="png")
     plt.close(figure)

@@ -77,7 +77,16 @@ class Results:
 
 def write_json(path, content):
     with write_whole(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
+        file.write(json.dumps(without_nan(content), indent=1).encode())
+
+
+def without_nan(found):
+    """For JSON, which has no NaN: None instead, through dicts and lists."""
+    if isinstance(found, dict):
+        return {key: without_nan(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [without_nan(value) for value in found]
+    return None if isinstance(found, float) and np.isnan(found) else found
 
 
 def read_record(folder):

@@ -115,20 +115,21 @@ def ranges():
     return {name: globals()[f"{name}_RANGE"] for name in searched if f"{name}_RANGE" in globals()}
 
 
-def spread_crop_scale(n_rounds):
+def round_crop_scale(n_rounds):
     """The crop scale of the round that follows n_rounds others, or None: it is the sampler's to choose.
 
-    A sampler that has seen one crop scale in every trial has no reason to try another: three rounds spread over the
-    range first, the report's among them.
+    A sampler that has seen one crop scale in every trial has no reason to try another. So after two rounds at the
+    report's (the range's middle where it is outside) two follow that spread over the range, with heads that are good
+    by then.
     """
-    if n_rounds > 2:
+    if n_rounds > 3:
         return None
     low, high = CROP_SCALE_RANGE
-    if high == low:
-        return low
-    first = (train_head.CROP_SCALE - low) / (high - low)
-    golden = (math.sqrt(5) - 1) / 2  # steps of it, modulo 1, leave no wide gap
-    return low + ((first if 0 <= first <= 1 else 0.5) + n_rounds * golden) % 1 * (high - low)
+    first = train_head.CROP_SCALE if low <= train_head.CROP_SCALE <= high else (low + high) / 2
+    if n_rounds < 2 or high == low:
+        return first
+    golden = (math.sqrt(5) - 1) / 2  # steps of it, modulo the range, leave no wide gap
+    return low + ((first - low) / (high - low) + (n_rounds - 1) * golden) % 1 * (high - low)
 
 
 def draw(trials, n_components, crop_scale=None):
@@ -283,7 +284,7 @@ def take_round(study, folder, held, precision, n_components):
             if len(mine) == mark["size"]:
                 return folder / mark["worker"], mine
             n_before = sum(first < mark["first"] for first in rounds)
-            crop_scale = mine[0].params["CROP_SCALE"] if mine else spread_crop_scale(n_before)
+            crop_scale = mine[0].params["CROP_SCALE"] if mine else round_crop_scale(n_before)
             new = draw(trials, n_components, crop_scale)
             study.add_trial(optuna.trial.create_trial(
                 state=TrialState.RUNNING, user_attrs={"round": mark}, params=new.params, distributions=new.distributions
@@ -318,9 +319,11 @@ def write_results(study, folder):
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with write_whole(folder / "search.csv") as file:
-        file.write(text.getvalue().encode())
-    plot_search(search_curves(study), folder / "search.png")
+    path, content = folder / "search.csv", text.getvalue().encode()
+    if not path.exists() or path.read_bytes() != content:
+        plot_search(search_curves(study), folder / "search.png")  # first: a table that is there has its figure
+        with write_whole(path) as file:
+            file.write(content)
 
 
 def row_of(trial):

@@ -413,6 +413,13 @@ def test_predictions_of_two_calls_never_mix(finetuned, phase_1, fitted, subjects
 # ---- contrasts, averages ------------------------------------------------------------------------
 
 
+def test_what_is_written_is_json(tmp_path):
+    """Whose standard knows no NaN: what has no score is null."""
+    results.write_json(tmp_path / "a.json", {"a": float("nan"), "b": [{"c": np.float64("nan")}, (1.5, "nan")]})
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": None, "b": [{"c": None}, [1.5, "nan"]]}
+
+
 def test_contrast_is_scipys_t_test(finetuned, fitted, tmp_path):
     """In batches, against ttest_ind of the formula's predictions with variances that differ."""
     rng, sides = np.random.default_rng(0), {}

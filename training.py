@@ -41,6 +41,7 @@ from scores import median_r2, r2_score
 # what may differ between a run and its continuation
 unimportant = ("DATA_DIR", "RUN_DIR", "CHECKPOINT", "DEVICE", "PRECISION", "COMPILE", "OVERWRITE", "ALLOW_UNFINISHED")
 most_skipped = 100  # steps in a row that loss scaling may skip; it starts too high and needs some twenty
+seconds_between_drawings = 10.0  # of the loss curves, in a run that goes on
 
 
 # ---- one step -----------------------------------------------------------------------------------
@@ -296,6 +297,7 @@ class Training:
         self.device, self.precision = self.encoders[0].head.embed_bias.device, learners[0].precision
         self.steps = max(learner.settings.STEPS for learner in learners)
         self.saved_at, self.stop = -1, StopRequest()
+        self.drawn_at = time.monotonic()
 
     def run(self):
         """Train to the end, from where an earlier run with the same inputs stopped."""
@@ -396,10 +398,17 @@ class Training:
                 progress.best, progress.saved = scores["val_r2"], True
                 self.keep(learner, scores, step)
             if processes.is_first():
-                write_log(learner.output, progress.log, draw=not self.tolerant)
+                write_log(learner.output, progress.log, draw=self.draws(step))
         if current:
             self.tell(current, step)
         self.save(step)
+
+    def draws(self, step):
+        """Whether to draw the curves: at the end, before it not all the time, which takes half a second."""
+        if self.tolerant or step < self.steps and time.monotonic() - self.drawn_at < seconds_between_drawings:
+            return False
+        self.drawn_at = time.monotonic()
+        return True
 
     def keep(self, learner, scores, step):
         if processes.is_first():
