@@ -24,6 +24,7 @@ import torch
 import torchvision.transforms.v2.functional as vision
 from PIL import Image
 from sklearn.metrics import r2_score
+from xdist.scheduler import LoadFileScheduling
 
 import demo
 import evaluate
@@ -38,6 +39,26 @@ tiny = "eva02_tiny_patch14_224.mim_in22k"
 hemis = ("lh", "rh")
 here = Path(__file__).parent
 beit_attention = ["q_bias", "v_bias", "qkv.weight", "proj.weight", "proj.bias"]  # EVA02-tiny's too
+
+
+slow_files = ("test_search", "test_figures", "test_report", "test_predict", "test_training", "test_trunk")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first: else one process works on the last of them while the other has none left."""
+    items.sort(key=lambda item: (*slow_files, item.path.stem).index(item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay in one process, which builds their fixtures once; so do figures and report."""
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            name = super()._split_scope(nodeid)
+            return {"test_report.py": "test_figures.py"}.get(name, name)
+
+    return ByFile(config, log)
 
 
 def run(stage, **values):

@@ -250,6 +250,7 @@ h1 { font-size: 1.6em; line-height: 1.2; } h2 { margin-top: 2em; border-bottom: 
 h1, p, dd, summary, figcaption { overflow-wrap: anywhere; }
 .number { font-size: 1.2em; background: #eef4fa; padding: 12px 16px; border-left: 4px solid #0072b2; }
 .number span { font-size: 0.85rem; color: #555; } .interval { font-size: 0.8rem; color: #555; white-space: nowrap; }
+td .interval { display: block; line-height: 1.2; }
 .wide { overflow: auto; max-height: 560px; border: 1px solid #ddd; }
 table { border-collapse: collapse; font-size: 0.9em; width: 100%; }
 th, td { padding: 3px 10px; text-align: left; border-bottom: 1px solid #eee; white-space: nowrap; }

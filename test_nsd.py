@@ -809,7 +809,8 @@ def test_every_stage_runs_on_pixels(flat_data, tmp_path, capsys):
     run(train_head, **folders, **settings, VALIDATE_EVERY=1)
     (tmp_path / "challenge/subj01/test_split").mkdir(parents=True)  # of vertices, not to be looked at
     output = tmp_path / "scores"
-    run(evaluate, **folders, SPLIT="challenge", OUTPUT_DIR=str(output), CHALLENGE_DIR=str(tmp_path / "challenge"))
+    run(evaluate, **folders, SPLIT="challenge", OUTPUT_DIR=str(output), RESAMPLES=20,
+        CHALLENGE_DIR=str(tmp_path / "challenge"))  # fmt: skip
     out = capsys.readouterr().out
     assert "do not compare with vertices" in out and re.search(r"^prediction .* pixels ", out, re.MULTILINE)
     assert {p.name for p in output.glob("figure_4*")} == {"figure_4a_r2_maps.png", "figure_4b_samples.png"}  # no ROIs

@@ -282,6 +282,9 @@ def test_in_a_browser(evaluation, tmp_path):
             pictures = "[...document.images].map(image => [image.naturalWidth, image.getBoundingClientRect().right])"
             for natural_width, right in page.evaluate(pictures):
                 assert natural_width > 500 and right <= width
+            beyond = "(table => table.scrollWidth - table.parentNode.clientWidth)(document.getElementById('{}'))"
+            for table in ("headlines", "subjects"):  # on a phone they scroll
+                assert width < 500 or page.evaluate(beyond.format(table)) <= 0
 
         column = """[...document.querySelectorAll("#rois tbody tr")].filter(row => !row.hidden)
             .map(row => [row.cells[0].textContent, row.cells[4].textContent])"""

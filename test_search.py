@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from PIL import Image
 
 import compare_trunks
+import demo
 import fit_pca
 import prepare_data
 import search
@@ -223,16 +224,22 @@ done, training.Training.run = [], run
     assert files_of(tmp_path) == {"head.pt", "search.csv", "search.png", "study.journal"}
 
 
-def test_search_beats_the_reports_constants(fitted, tmp_path):
-    """16 trials: the first with the constants of train_head.py, the second eight from a Gaussian process."""
-    settings = quick | dict(DATA_DIR=str(fitted), TRIALS=16, HEADS=8, STEPS=30, VALIDATE_EVERY=15)
+def test_search_beats_the_reports_constants(tmp_path):
+    """16 trials on two people: the first with the constants of train_head.py, which few steps undertrain, seven drawn
+    at random, eight from the Gaussian process, which gain where random ones gain 0.002."""
+    challenge, data = tmp_path / "challenge", str(tmp_path / "data")
+    demo.simulate(challenge, subjects=(1, 2), n_train=240, n_test=5, picture_size=80, vertex_step=16, seed=1)
+    run(prepare_data, CHALLENGE_DIR=str(challenge), DATA_DIR=data, SEED=3)
+    run(fit_pca, DATA_DIR=data, PCA_DIM=32)
+    settings = quick | dict(DATA_DIR=data, TRIALS=16, HEADS=8, BATCH_SIZE=32, STEPS=24, VALIDATE_EVERY=24)
     settings |= ranges | dict(LATENT_DIM_RANGE=(16, 16), LEARNING_RATE_RANGE=(5e-4, 3e-2))
     run(search, **settings, RUN_DIR=str(tmp_path))
     trials = trials_of(tmp_path)
     first = trials[0].params
     assert (first["LEARNING_RATE"], first["WEIGHT_DECAY"], first["FEATURE_DROPOUT"]) == (6e-4, 0.8, 0.9)
     best = max(trials, key=lambda trial: trial.value)
-    assert best.value > trials[0].value + 0.03
+    assert best.value > max(trials[0].value, 0) + 0.1
+    assert best.value > max(trial.value for trial in trials[:8]) + 0.04
     found = search.search_curves(search.read_study(tmp_path / "study.journal"))
     assert found["best"][-1] == best.value and (np.diff(found["best"]) >= 0).all()
     assert "LATENT_DIM" not in found["constants"]  # its ends are equal

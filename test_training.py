@@ -280,17 +280,17 @@ def float64_learner():
     return learner, batch | {"residual": torch.rand(12, generator=generator, dtype=torch.float64)}
 
 
-dies_in_the_fourth_step = """
+dies_in_the_third_step = """
 import os, runpy, signal, sys
 sys.path.insert(0, {here!r})
 import batches
 prepare = batches.Batches.prepare
 def die(self, step):
-    if step == 3 and os.environ["RANK"] == "1":
+    if step == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return prepare(self, step)
 batches.Batches.prepare = die
-runpy.run_path({here!r} + "/train_head.py", run_name="__main__")
+runpy.run_path({here!r} + "/finetune.py", run_name="__main__")
 """
 
 
@@ -327,27 +327,38 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     assert math.isclose(found["loss"], learner.progress.loss_sum, rel_tol=1e-14)
 
 
-def test_both_phases_in_many_processes(fitted, tmp_path):
-    """Phase 1 in two processes of which one is killed, continued in three; phase 2 in two: the logs are those of one
-    process, to rounding."""
+def test_both_phases_in_many_processes(fitted, tmp_path, monkeypatch):
+    """Phase 1 stopped in one process, continued in three; phase 2 in two of which one is killed, continued in one:
+    the logs are those of one process, to rounding."""
     settings = both | small | dict(DATA_DIR=str(fitted), LAYERS="blocks.{0,1}", BATCH_SIZE=24, VALIDATE_EVERY=2)
     settings |= dict(STEPS=6, LEARNING_RATE=0.01)
     second = both | dict(
-        DATA_DIR=str(fitted), BATCH_SIZE=12, STEPS=3, WARMUP_STEPS=1, LEARNING_RATE=1e-3, VALIDATE_EVERY=2
+        DATA_DIR=str(fitted), BATCH_SIZE=12, STEPS=4, WARMUP_STEPS=1, LEARNING_RATE=1e-3, VALIDATE_EVERY=2
     )
     run(train_head, **settings, RUN_DIR=str(tmp_path / "one"))
     run(finetune, **second, RUN_DIR=str(tmp_path / "one"))
 
-    folder = ["--run_dir", tmp_path / "many"]
-    trap = tmp_path / "train_head.py"  # its second process dies in the fourth step
-    trap.write_text(dies_in_the_fourth_step.format(here=str(here)))
-    code, _, err = ended(torchrun(2, trap, *folder, *on_command_line(settings)))
-    assert code == 1 and err.count("error: another process ended") == 1
-    assert read_checkpoint(tmp_path / "many/head.pt")["step"] == 2
+    folder, step, n_steps = ["--run_dir", tmp_path / "many"], training.train_step, 0
+
+    def stopped(*arguments):
+        nonlocal n_steps
+        n_steps += 1
+        step(*arguments)
+        if n_steps == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(training, "train_step", stopped)
+        run(train_head, **settings, RUN_DIR=str(tmp_path / "many"))
     code, out, err = ended(torchrun(3, "train_head.py", *folder, *on_command_line(settings)))
-    assert code == 0 and out.count("continuing after step 2 of 6") == 1, err
-    code, out, err = ended(torchrun(2, "finetune.py", *folder, *on_command_line(second)))
-    assert code == 0, err
+    assert code == 0 and out.count("continuing after step 3 of 6") == 1, err
+    trap = tmp_path / "finetune.py"  # its second process dies in the third step
+    trap.write_text(dies_in_the_third_step.format(here=str(here)))
+    code, _, err = ended(torchrun(2, trap, *folder, *on_command_line(second)))
+    assert code == 1 and err.count("error: another process ended") == 1
+    [state] = torch.load(tmp_path / "many/finetune.state.pt")["learners"]
+    assert state["progress"]["step"] == 2
+    run(finetune, **second, RUN_DIR=str(tmp_path / "many"))
     for stage in ("train_head", "finetune"):
         one, many = (training.read_log(tmp_path / name / f"{stage}.jsonl") for name in ("one", "many"))
         assert [entry["step"] for entry in one] == [entry["step"] for entry in many]
