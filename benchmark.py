@@ -679,24 +679,10 @@ def measure_processes(device, precision):
 
 
 def part_search(folder):
+    """What each sampler finds, on two problems: one whose good constants are the usual ones, one whose are far away."""
     import optuna
 
     import search
-
-    folder, script = Path(folder), Path(__file__).parent
-    demo.simulate(folder / "challenge", n_train=160, n_test=5, picture_size=80, vertex_step=16)
-    for stage, *arguments in (
-        ("prepare_data", f"--challenge_dir={folder / 'challenge'}"), ("fit_pca", "--pca_dim=64", "--device=cpu"),
-    ):  # fmt: skip
-        command = [sys.executable, script / f"{stage}.py", f"--data_dir={folder / 'data'}", *arguments]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    settings = dict(
-        DATA_DIR=str(folder / "data"), TRUNK=demo.TRUNK, PRETRAINED=False, IMAGE_SIZE=56,
-        LAYERS_CHOICES="blocks.{0,1}; blocks.0; blocks.1", LATENT_DIM_RANGE=(16, 128), PCA_DIM_RANGE=(8, 64),
-        BATCH_SIZE=64, STEPS=60, VALIDATE_EVERY=30, DEVICE=DEVICE, PRECISION="float32", TRIALS=32, HEADS=8,
-    )  # fmt: skip
-    for name, value in settings.items():
-        setattr(search, name, value)
 
     def tpe(**options):
         return lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=8, constant_liar=True, **options)
@@ -707,21 +693,49 @@ def part_search(folder):
         "TPE, multivariate": tpe(multivariate=True),
         "Gaussian process": lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=8),
     }
-    found = {name: [] for name in samplers}
-    for seed in range(SEARCH_RUNS):
-        for name, search.new_sampler in samplers.items():
-            search.SEED, search.RUN_DIR = seed, str(folder / f"{len(found[name])}-{name}")
-            with contextlib.redirect_stdout(io.StringIO()):
-                search.main()
-            trials = search.read_study(Path(search.RUN_DIR) / "study.journal").get_trials()
-            values = [-np.inf if trial.value is None else trial.value for trial in trials]
-            found[name].append(np.maximum.accumulate(values))
-    for name, best in found.items():
-        after = {n: np.array(best)[:, n - 1] for n in (8, 16, 24, 32)}
-        error = after[32].std(ddof=1) / SEARCH_RUNS**0.5 if SEARCH_RUNS > 1 else np.nan
-        note = f"± {error:.4f} over {SEARCH_RUNS}; after "
-        note += ", ".join(f"{n}: {values.mean():.4f}" for n, values in after.items())
-        row(f"best R² of 32 trials, {name}", f"{after[32].mean():.4f}", note)
+    shared = dict(
+        TRUNK=demo.TRUNK, PRETRAINED=False, IMAGE_SIZE=56, DEVICE=DEVICE, PRECISION="float32", TRIALS=32, HEADS=8
+    )
+    problems = {
+        "eight people, 60 steps": (range(1, 9), 160, 64, dict(
+            LAYERS_CHOICES="blocks.{0,1}; blocks.0; blocks.1", LATENT_DIM_RANGE=(16, 128), PCA_DIM_RANGE=(8, 64),
+            BATCH_SIZE=64, STEPS=60, VALIDATE_EVERY=30,
+        )),
+        "two people, 24 steps": (range(1, 3), 240, 32, dict(
+            LAYERS_CHOICES="blocks.{0,1}; blocks.0", LATENT_DIM_RANGE=(16, 16), PCA_DIM_RANGE=(8, 32),
+            LEARNING_RATE_RANGE=(5e-4, 3e-2), FEATURE_DROPOUT_RANGE=(0.0, 0.9), BATCH_SIZE=32, STEPS=24,
+            VALIDATE_EVERY=24,
+        )),
+    }  # fmt: skip
+    usual = dict(vars(search))
+    for n, (problem, (subjects, n_train, pca_dim, settings)) in enumerate(problems.items()):
+        place = Path(folder) / str(n)
+        demo.simulate(
+            place / "challenge", subjects=subjects, n_train=n_train, n_test=5, picture_size=80, vertex_step=16
+        )
+        for script, *arguments in (
+            ("prepare_data.py", f"--challenge_dir={place / 'challenge'}"),
+            ("fit_pca.py", f"--pca_dim={pca_dim}", "--device=cpu"),
+        ):
+            command = [sys.executable, Path(__file__).parent / script, f"--data_dir={place / 'data'}", *arguments]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        vars(search).update(usual | shared | settings | {"DATA_DIR": str(place / "data")})
+        for name, new_sampler in samplers.items():
+            found = [search_once(search, new_sampler, seed, place / f"{seed}-{name}") for seed in range(SEARCH_RUNS)]
+            after = {n: np.array(found)[:, n - 1] for n in (8, 16, 24, 32)}
+            error = after[32].std(ddof=1) / SEARCH_RUNS**0.5 if SEARCH_RUNS > 1 else np.nan
+            note = f"± {error:.4f} over {SEARCH_RUNS}; after "
+            note += ", ".join(f"{n}: {values.mean():.4f}" for n, values in after.items())
+            row(f"{problem}, 32 trials, {name}", f"{after[32].mean():.4f}", note)
+
+
+def search_once(search, new_sampler, seed, folder):
+    """Best R² so far, after every trial."""
+    search.new_sampler, search.SEED, search.RUN_DIR = new_sampler, seed, str(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
+        search.main()
+    trials = search.read_study(folder / "study.journal").get_trials()
+    return np.maximum.accumulate([-np.inf if trial.value is None else trial.value for trial in trials])
 
 
 # ---- part adapt ---------------------------------------------------------------------------------

@@ -280,13 +280,13 @@ def float64_learner():
     return learner, batch | {"residual": torch.rand(12, generator=generator, dtype=torch.float64)}
 
 
-dies_in_the_third_step = """
+dies_in_the_fourth_step = """
 import os, runpy, signal, sys
 sys.path.insert(0, {here!r})
 import batches
 prepare = batches.Batches.prepare
 def die(self, step):
-    if step == 2 and os.environ["RANK"] == "1":
+    if step == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     return prepare(self, step)
 batches.Batches.prepare = die
@@ -352,8 +352,8 @@ def test_both_phases_in_many_processes(fitted, tmp_path, monkeypatch):
         run(train_head, **settings, RUN_DIR=str(tmp_path / "many"))
     code, out, err = ended(torchrun(3, "train_head.py", *folder, *on_command_line(settings)))
     assert code == 0 and out.count("continuing after step 3 of 6") == 1, err
-    trap = tmp_path / "finetune.py"  # its second process dies in the third step
-    trap.write_text(dies_in_the_third_step.format(here=str(here)))
+    trap = tmp_path / "finetune.py"  # its second process dies in the fourth step
+    trap.write_text(dies_in_the_fourth_step.format(here=str(here)))
     code, _, err = ended(torchrun(2, trap, *folder, *on_command_line(second)))
     assert code == 1 and err.count("error: another process ended") == 1
     [state] = torch.load(tmp_path / "many/finetune.state.pt")["learners"]
