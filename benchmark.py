@@ -726,7 +726,7 @@ def part_search(folder):
             error = after[32].std(ddof=1) / SEARCH_RUNS**0.5 if SEARCH_RUNS > 1 else np.nan
             note = f"± {error:.4f} over {SEARCH_RUNS}; after "
             note += ", ".join(f"{n}: {values.mean():.4f}" for n, values in after.items())
-            row(f"{problem}, 32 trials, {name}", f"{after[32].mean():.4f}", note)
+            row(f"{problem}: {name}", f"{after[32].mean():.4f}", note)
 
 
 def search_once(search, new_sampler, seed, folder):

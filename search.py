@@ -72,9 +72,9 @@ searched = ("LEARNING_RATE", "WEIGHT_DECAY", "FEATURE_DROPOUT", "LATENT_DIM", "P
 
 
 def new_sampler(seed):
-    """From the first finished round on a Gaussian process, which knows what the running trials are trying: in two
-    rounds it comes where Optuna's other samplers come in four, or don't (benchmark.py --parts search, docs/search.md).
-    """
+    """After eight trials a Gaussian process, which knows what the running ones are trying: where good constants are
+    far from the usual ones it finds more than Optuna's other samplers, elsewhere as much as the best of them
+    (benchmark.py --parts search; docs/search.md)."""
     return optuna.samplers.GPSampler(seed=seed, n_startup_trials=8)
 
 
