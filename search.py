@@ -319,11 +319,12 @@ def write_results(study, folder):
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    path, content = folder / "search.csv", text.getvalue().encode()
-    if not path.exists() or path.read_bytes() != content:
-        plot_search(search_curves(study), folder / "search.png")  # first: a table that is there has its figure
-        with write_whole(path) as file:
-            file.write(content)
+    table, figure, content = folder / "search.csv", folder / "search.png", text.getvalue().encode()
+    if table.exists() and figure.exists() and table.read_bytes() == content:
+        return
+    plot_search(search_curves(study), figure)  # first: beside a table that is there the figure is its own
+    with write_whole(table) as file:
+        file.write(content)
 
 
 def row_of(trial):
