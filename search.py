@@ -312,7 +312,8 @@ def tell_round(study, folder, trials, ended):
 # ---- table and figure ---------------------------------------------------------------------------
 
 
-def write_results(study, folder):
+def write_results(study, folder, all_told=False):
+    """search.csv and, at the end or where it is missing or half a minute old, search.png."""
     trials = study.get_trials(deepcopy=False)
     text = io.StringIO()
     rows = [row_of(trial) for trial in trials]
@@ -320,11 +321,12 @@ def write_results(study, folder):
     writer.writeheader()
     writer.writerows(rows)
     table, figure, content = folder / "search.csv", folder / "search.png", text.getvalue().encode()
-    if table.exists() and figure.exists() and table.read_bytes() == content:
-        return
-    plot_search(search_curves(study), figure)  # first: beside a table that is there the figure is its own
-    with write_whole(table) as file:
-        file.write(content)
+    if not table.exists() or table.read_bytes() != content:
+        with write_whole(table) as file:
+            file.write(content)
+    drawn_at = figure.stat().st_mtime if figure.exists() else -math.inf
+    if time.time() - drawn_at > 30 or all_told and drawn_at < table.stat().st_mtime:
+        plot_search(search_curves(study), figure)
 
 
 def row_of(trial):
@@ -495,7 +497,7 @@ def describe_round(study, trials, scores, seconds_a_trial):
 
 def conclude(study, folder, pictures):
     with waiting_for(folder / ".study.lock"):
-        write_results(study, folder)
+        write_results(study, folder, all_told=True)
     trials = study.get_trials(deepcopy=False)
     unfinished = [trial.number for trial in trials if not trial.state.is_finished()]
     if unfinished:

@@ -44,7 +44,7 @@ def train_together(settings, run_dir):
 
 def test_heads_together_end_as_each_alone(fitted, tmp_path, monkeypatch):
     """Bit for bit, whatever they differ in, and stopped and continued in between."""
-    shared = dict(DATA_DIR=str(fitted), VALIDATE_EVERY=4, SEED=5, MICRO_BATCH=24)
+    shared = dict(DATA_DIR=str(fitted), VALIDATE_EVERY=4, SEED=5, BATCH_SIZE=24, MICRO_BATCH=12)
     settings = [
         shared | dict(STEPS=11, LEARNING_RATE=0.01, LAYERS="blocks.{0,2}", FEATURE_DROPOUT=0.3),
         shared | dict(STEPS=6, LEARNING_RATE=0.03, LAYERS="blocks.1", LATENT_DIM=8, PCA_DIM=10, FEATURE_DROPOUT=0.0),

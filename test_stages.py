@@ -385,8 +385,9 @@ def test_scores_are_scikit_learns_and_scipys(submission, challenge, fitted, subj
             path = Path(name, "test_split/noise_ceiling", f"{hemi}_noise_ceiling.npy")
             (ceilings / path).parent.mkdir(parents=True, exist_ok=True)
             np.save(ceilings / path, 100 * np.load(challenge / path))
-    run(evaluate, **folders, SUBMISSION=str(submission), OUTPUT_DIR=str(tmp_path / "a"), FIGURES=False)
-    run(evaluate, **folders, SPLIT="challenge", OUTPUT_DIR=str(tmp_path / "b"), FIGURES=False, PRECISION="float32",
+    folders |= dict(FIGURES=False, RESAMPLES=20)
+    run(evaluate, **folders, SUBMISSION=str(submission), OUTPUT_DIR=str(tmp_path / "a"))
+    run(evaluate, **folders, SPLIT="challenge", OUTPUT_DIR=str(tmp_path / "b"), PRECISION="float32",
         NOISE_CEILING_DIR=str(ceilings))  # fmt: skip
     a, b = (np.load(tmp_path / x / "vertices.npz") for x in "ab")
     expected = {"r2": [], "r": [], "challenge": []}
