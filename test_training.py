@@ -232,6 +232,15 @@ def test_compile_is_used_in_training(fitted, tmp_path, monkeypatch):
     assert compiled == [(16, 3, 56, 56)]
 
 
+@pytest.mark.parametrize("seconds, drawn", [(1e9, [3]), (0.0, [1, 2, 3])])
+def test_curves_are_drawn_at_the_end_and_now_and_then(seconds, drawn, fitted, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(training, "plot_curves", lambda log, *_: found.append(len(log)))
+    monkeypatch.setattr(training, "seconds_between_drawings", seconds)
+    run(train_head, **quick, DATA_DIR=str(fitted), RUN_DIR=str(tmp_path))
+    assert found == drawn
+
+
 def test_schedules_that_warm_up_to_their_end_are_refused():
     with pytest.raises(Problem, match="WARMUP_STEPS is 250 of 200 STEPS(?s:.)*--warmup_steps 10"):
         run(train_head, STEPS=200)
