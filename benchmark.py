@@ -88,6 +88,14 @@ def row(what, value, note=""):
     print(f"{what:58} {value:>14}  {note}", flush=True)
 
 
+def run_quietly(script, **arguments):
+    """A stage as a user starts it, on DEVICE, without what it prints."""
+    arguments = [f"--{key}={value}" for key, value in arguments.items()]
+    arguments += [f"--device={DEVICE}"] * (script != "prepare_data.py")
+    command = [sys.executable, Path(__file__).with_name(script), *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def clock(device, work):
     """Seconds that work() takes, the GPU's share included."""
     if device.type == "cuda":
@@ -691,7 +699,7 @@ def part_search(folder):
         "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
         "TPE, one constant at a time": tpe(multivariate=False),
         "TPE, multivariate": tpe(multivariate=True),
-        "Gaussian process": lambda seed: optuna.samplers.GPSampler(seed=seed, n_startup_trials=8),
+        "Gaussian process": search.new_sampler,
     }
     shared = dict(
         TRUNK=demo.TRUNK, PRETRAINED=False, IMAGE_SIZE=56, DEVICE=DEVICE, PRECISION="float32", TRIALS=32, HEADS=8
@@ -713,12 +721,8 @@ def part_search(folder):
         demo.simulate(
             place / "challenge", subjects=subjects, n_train=n_train, n_test=5, picture_size=80, vertex_step=16
         )
-        for script, *arguments in (
-            ("prepare_data.py", f"--challenge_dir={place / 'challenge'}"),
-            ("fit_pca.py", f"--pca_dim={pca_dim}", "--device=cpu"),
-        ):
-            command = [sys.executable, Path(__file__).parent / script, f"--data_dir={place / 'data'}", *arguments]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        run_quietly("prepare_data.py", challenge_dir=place / "challenge", data_dir=place / "data")
+        run_quietly("fit_pca.py", data_dir=place / "data", pca_dim=pca_dim)
         vars(search).update(usual | shared | settings | {"DATA_DIR": str(place / "data")})
         for name, new_sampler in samplers.items():
             found = [search_once(search, new_sampler, seed, place / f"{seed}-{name}") for seed in range(SEARCH_RUNS)]
@@ -743,25 +747,20 @@ def search_once(search, new_sampler, seed, folder):
 
 def part_adapt(device, precision, folder):
     """The demo's eighth person, scored on the test pictures, which nobody was trained on."""
-    folder, script = Path(folder), Path(__file__).parent
+    folder = Path(folder)
     challenge, name = folder / "challenge", "subj08"
     demo.simulate(challenge, n_train=demo.N_TRAIN, n_test=demo.N_TEST, picture_size=demo.PICTURE_SIZE)
 
-    def stage(script_name, **arguments):
-        arguments = [f"--{key}={value}" for key, value in arguments.items()]
-        arguments += [f"--device={DEVICE}"] * (script_name != "prepare_data.py")
-        subprocess.run([sys.executable, script / script_name, *arguments], check=True, stdout=subprocess.DEVNULL)
-
     def train(people, subjects=""):
-        demo.train(stage, challenge, folder / f"data_{people}", folder / f"run_{people}", subjects)
+        demo.train(run_quietly, challenge, folder / f"data_{people}", folder / f"run_{people}", subjects)
 
     seven = ",".join(f"subj{i:02}" for i in range(1, 8))
     train("seven", seven)
     seconds = {"eight": clock(device, lambda: train("eight"))}
     values = dict(challenge_dir=challenge, subject=name, run_dir=folder / "run_seven", output_dir=folder / "new")
-    seconds["adapt"] = clock(device, lambda: stage("adapt.py", **values))
+    seconds["adapt"] = clock(device, lambda: run_quietly("adapt.py", **values))
     quick = values | dict(output_dir=folder / "quick", hold_out="false")
-    seconds["no curve"] = clock(device, lambda: stage("adapt.py", **quick))
+    seconds["no curve"] = clock(device, lambda: run_quietly("adapt.py", **quick))
 
     pictures = sorted((challenge / name / "test_split/test_images").iterdir())
     sides = [challenge / name / f"test_split/test_fmri/{hemi}_test_fmri.npy" for hemi in prepare_data.hemis]

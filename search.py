@@ -284,8 +284,7 @@ def take_round(study, folder, held, precision, n_components):
             if len(mine) == mark["size"]:
                 return folder / mark["worker"], mine
             n_before = sum(first < mark["first"] for first in rounds)
-            crop_scale = mine[0].params["CROP_SCALE"] if mine else round_crop_scale(n_before)
-            new = draw(trials, n_components, crop_scale)
+            new = draw(trials, n_components, mine[0].params["CROP_SCALE"] if mine else round_crop_scale(n_before))
             study.add_trial(optuna.trial.create_trial(
                 state=TrialState.RUNNING, user_attrs={"round": mark}, params=new.params, distributions=new.distributions
             ))  # fmt: skip
@@ -313,7 +312,7 @@ def tell_round(study, folder, trials, ended):
 
 
 def write_results(study, folder, all_told=False):
-    """search.csv and, at the end or where it is missing or half a minute old, search.png."""
+    """search.csv and, at the end or where it is missing or some seconds old, search.png, which takes a second."""
     trials = study.get_trials(deepcopy=False)
     text = io.StringIO()
     rows = [row_of(trial) for trial in trials]
@@ -325,7 +324,7 @@ def write_results(study, folder, all_told=False):
         with write_whole(table) as file:
             file.write(content)
     drawn_at = figure.stat().st_mtime if figure.exists() else -math.inf
-    if time.time() - drawn_at > 30 or all_told and drawn_at < table.stat().st_mtime:
+    if time.time() - drawn_at > training.seconds_between_drawings or all_told and drawn_at < table.stat().st_mtime:
         plot_search(search_curves(study), figure)
 
 

@@ -41,7 +41,7 @@ from scores import median_r2, r2_score
 # what may differ between a run and its continuation
 unimportant = ("DATA_DIR", "RUN_DIR", "CHECKPOINT", "DEVICE", "PRECISION", "COMPILE", "OVERWRITE", "ALLOW_UNFINISHED")
 most_skipped = 100  # steps in a row that loss scaling may skip; it starts too high and needs some twenty
-seconds_between_drawings = 10.0  # of the loss curves, in a run that goes on
+seconds_between_drawings = 10.0  # of a figure, in a run that goes on
 
 
 # ---- one step -----------------------------------------------------------------------------------
