@@ -21,7 +21,7 @@ import prepare_data
 import ridge
 from checkpoint import check_scorable, load_checkpoint, save_checkpoint, trained_pictures
 from common import Problem
-from conftest import hemis, r2_of_vertices, run
+from shared_fixtures import hemis, r2_of_vertices, run
 from model import of_features
 from pictures import read_picture
 

@@ -19,7 +19,7 @@ import prepare_data
 import train_head
 from checkpoint import load_checkpoint
 from common import Problem
-from conftest import assert_equal, both, cut, finish, on_command_line, png_claiming, run, small, start, tiny
+from shared_fixtures import assert_equal, both, cut, finish, on_command_line, png_claiming, run, small, start, tiny
 
 
 # dies as by kill -9 in the middle of the n-th file that torch.save writes

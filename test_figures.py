@@ -25,7 +25,7 @@ import prepare_data
 import scores
 from checkpoint import load_checkpoint
 from common import Problem
-from conftest import hemis, r2_of_vertices, run
+from shared_fixtures import hemis, r2_of_vertices, run
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ import prepare_nsd
 import train_head
 from checkpoint import load_checkpoint
 from common import Problem
-from conftest import both, finish, hemis, on_command_line, r2_of_vertices, run, small, start
+from shared_fixtures import both, finish, hemis, on_command_line, r2_of_vertices, run, small, start
 
 groups = ("streams", "prf-visualrois", "floc-bodies", "floc-faces", "floc-places", "floc-words")
 n_fsaverage, n_native, n_stimuli = 163842, 700, 73000
@@ -95,7 +95,7 @@ def simulate_pictures(root, subjectim, rng):
         brick = file.create_dataset("imgBrick", (n_stimuli, 425, 425, 3), np.uint8, chunks=(1, 425, 425, 3))
         for i in np.unique(subjectim):
             coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-            brick[i] = np.asarray(coarse.resize((425, 425), Image.Resampling.BICUBIC))
+            brick[i] = np.asarray(coarse.resize((425, 425), Image.Resampling.NEAREST))  # quick to compress
 
 
 def simulate_masks(root, rsc, rng):

@@ -26,7 +26,7 @@ import results
 import train_head
 from checkpoint import load_checkpoint, save_checkpoint
 from common import Problem
-from conftest import (
+from shared_fixtures import (
     assert_equal, both, cut, finish, here, hemis, on_command_line, plain_input, png_claiming, run, small, start,
 )  # fmt: skip
 from ensemble import choose_checkpoint

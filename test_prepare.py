@@ -14,10 +14,8 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,19 +30,10 @@ import demo
 import fit_pca
 import prepare_data
 from common import Problem
+from shared_fixtures import exit_code, finish, hemis, here, run, start
 
-hemis = ("lh", "rh")
-here = Path(__file__).parent
 pictures_of = "{}/training_split/training_images"
 fmri = "{}/training_split/training_fmri/{}_training_fmri.npy"
-
-
-def run(stage, **values):
-    """The stage's real main() with these constants."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setattr(stage, name, value)
-        stage.main()
 
 
 def message_of(main, **namespace):
@@ -94,7 +83,7 @@ def activity_of(folder, subject):
 
 # ---- constants ----------------------------------------------------------------------------------
 
-scripts = sorted(path.stem for path in here.glob("*.py") if not re.match("test_|conftest", path.name))
+scripts = sorted(path.stem for path in here.glob("*.py") if not re.match("test_|conftest|shared_fixtures", path.name))
 
 
 def test_every_constant_has_a_kind():
@@ -332,32 +321,34 @@ def raise_no_locks(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 
 
-@contextlib.contextmanager
-def another_process(folder, what):
-    """Another process that writes to folder and is killed at the end, its partial file left behind."""
-    code = f"""
-import os, sys, time
-sys.path.insert(0, {str(here)!r})
+holds_a_folder = """
+import os, time
 from common import sole_writer
-with sole_writer({str(folder)!r}, {what!r}):
-    open(os.path.join({str(folder)!r}, ".pca.pt.partial"), "wb").write(bytes(1000))
+with sole_writer({folder!r}, "prepare_data.py"):
+    open(os.path.join({folder!r}, ".pca.pt.partial"), "wb").write(bytes(1000))
     print("writing", flush=True)
     time.sleep(600)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+@contextlib.contextmanager
+def another_process(folder):
+    """Another process that writes to folder and is killed at the end, its partial file left behind."""
+    process = start("prepare_data.py", before=holds_a_folder.format(folder=str(folder)))
     try:
-        assert process.stdout.readline() == "writing\n"
+        while not process.outputs[0].read():
+            assert exit_code(process) is None
         yield process
     finally:
-        process.kill()
-        process.communicate()
+        os.kill(process.pid, signal.SIGKILL)
+        finish(process)
 
 
 def test_one_writer_at_a_time(original, data, capsys):
     """The second is refused at once and deletes nothing; kill -9 of the first frees the folder."""
     (data / "prepared.pt").rename(data / "elsewhere")
     stage = dict(CHALLENGE_DIR=str(original), DATA_DIR=str(data))
-    with another_process(data, "prepare_data.py") as process:
+    with another_process(data) as process:
         before = contents(data)
         refusal = f"{data} is being written to by prepare_data.py, process {process.pid} on .*: wait until it ends"
         with pytest.raises(Problem, match=refusal):

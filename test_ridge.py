@@ -8,7 +8,7 @@ from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.preprocessing import StandardScaler
 
 import ridge
-from conftest import block_outputs, plain_input, tiny
+from shared_fixtures import block_outputs, plain_input, tiny
 from model import Trunk, of_features
 
 

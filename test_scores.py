@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 import scores
-from conftest import r2_of_vertices
+from shared_fixtures import r2_of_vertices
 from model import Space
 
 

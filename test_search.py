@@ -21,7 +21,7 @@ import train_head
 import training
 from checkpoint import load_checkpoint
 from common import Problem, constants, parse_constant
-from conftest import assert_equal, both, finish, on_command_line, run, small, start, tiny
+from shared_fixtures import assert_equal, both, finish, on_command_line, run, small, start, tiny
 from model import Trunk
 
 

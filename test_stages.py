@@ -27,7 +27,7 @@ import prepare_data
 import train_head
 from checkpoint import load_checkpoint, save_checkpoint
 from common import Problem
-from conftest import (
+from shared_fixtures import (
     assert_equal, beit_attention, block_outputs, both, hemis, plain_input, r2_of_vertices, run, small, trained,
 )  # fmt: skip
 from model import Crops

@@ -17,7 +17,7 @@ import train_head
 import training
 from checkpoint import read_checkpoint
 from common import Problem, constants, run_script
-from conftest import assert_equal, both, finish, here, on_command_line, run, small, start
+from shared_fixtures import assert_equal, both, finish, here, on_command_line, run, small, start
 from model import Encoder, Head, dropout_mask
 from test_model import Patches
 
@@ -306,6 +306,15 @@ def torchrun(n, script, *arguments, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here, **options)
 
 
+def forked(n, script, *arguments):
+    """What finish() gives of n processes that get what torchrun's get, without its seconds of importing."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = dict(TORCHELASTIC_RUN_ID="x", MASTER_ADDR="localhost", MASTER_PORT=str(store.port), WORLD_SIZE=str(n))
+    ranks = [shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(n)]
+    started = [start(script, *arguments, before=f"import os; os.environ |= {own}") for own in ranks]
+    return [finish(process, 100) for process in started]
+
+
 def ended(process, seconds=150):
     """-> (exit code, output, errors); nothing may hang."""
     try:
@@ -321,12 +330,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     ends both, told once."""
     script = tmp_path / "step.py"
     script.write_text(step_in_float64.format(out=str(tmp_path / "two.pt")))
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    shared = dict(TORCHELASTIC_RUN_ID="x", MASTER_ADDR="localhost", MASTER_PORT=str(store.port), WORLD_SIZE="2")
-    started = [  # as torchrun does, without its seconds of importing
-        start(script, before=f"import os; os.environ |= {shared | dict(RANK=rank, LOCAL_RANK=rank)}") for rank in "01"
-    ]
-    ends = [finish(process, 60) for process in started]
+    ends = forked(2, script)
     assert [code for code, _, _ in ends] == [1, 1]
     assert "".join(err for _, _, err in ends).count("the second process does not like it") == 1
     found = torch.load(tmp_path / "two.pt")
@@ -363,8 +367,8 @@ def test_both_phases_in_many_processes(fitted, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(training, "train_step", stopped)
         run(train_head, **settings, RUN_DIR=str(tmp_path / "many"))
-    code, out, err = ended(torchrun(3, "train_head.py", *folder, *on_command_line(settings)))
-    assert code == 0 and out.count("continuing after step 3 of 6") == 1, err
+    codes, outs, errs = zip(*forked(3, "train_head.py", *folder, *on_command_line(settings)))
+    assert codes == (0, 0, 0) and "".join(outs).count("continuing after step 3 of 6") == 1, errs
     trap = tmp_path / "finetune.py"  # its second process dies in the fourth step
     trap.write_text(dies_in_the_fourth_step.format(here=str(here)))
     code, _, err = ended(torchrun(2, trap, *folder, *on_command_line(second)))

@@ -18,7 +18,7 @@ import train_head
 import training
 from checkpoint import load_checkpoint, save_checkpoint
 from common import Problem, constants
-from conftest import beit_attention, block_outputs, tiny
+from shared_fixtures import beit_attention, block_outputs, tiny
 from model import Encoder, Head, Space, Trunk
 
 
