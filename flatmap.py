@@ -180,10 +180,12 @@ def rasterise(corners, shape):
         return u[:, 0] * v[:, 1] - u[:, 1] * v[:, 0]
 
     doubled = doubled_area(b - a, c - a)
-    for step in np.ndindex(*(last - first).max(0) + 1):
-        p = first + step
-        here = np.flatnonzero((p <= last).all(1) & (p >= 0).all(1) & (p < shape[::-1]).all(1) & (doubled != 0))
-        q, u, v, w = p[here], a[here], b[here], c[here]
+    shown = np.flatnonzero((first <= last).all(1) & (last >= 0).all(1) & (first < shape[::-1]).all(1) & (doubled != 0))
+    for step in np.ndindex(*(last - first)[shown].max(0, initial=0) + 1):
+        p = first[shown] + step
+        inside = (p <= last[shown]).all(1) & (p >= 0).all(1) & (p < shape[::-1]).all(1)
+        here = shown[inside]
+        q, u, v, w = p[inside], a[here], b[here], c[here]
         part = np.stack([doubled_area(v - q, w - q), doubled_area(w - q, u - q), doubled_area(u - q, v - q)], 1)
         part /= doubled[here, None]
         within = (part > -1e-9).all(1)

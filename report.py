@@ -221,7 +221,7 @@ def shrunk(path):
     with Image.open(path) as picture:
         small, content = picture.convert("RGB"), io.BytesIO()
         small.thumbnail((widest, 10 * widest))
-        small.save(content, "PNG", optimize=True)
+        small.save(content, "PNG")
     return content.getvalue()
 
 

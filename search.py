@@ -312,7 +312,7 @@ def tell_round(study, folder, trials, ended):
 
 
 def write_results(study, folder, all_told=False):
-    """search.csv and, at the end or where it is missing or some seconds old, search.png, which takes a second."""
+    """search.csv and, at the end or some seconds after the last, search.png, which takes a second."""
     trials = study.get_trials(deepcopy=False)
     text = io.StringIO()
     rows = [row_of(trial) for trial in trials]
@@ -323,8 +323,10 @@ def write_results(study, folder, all_told=False):
     if not table.exists() or table.read_bytes() != content:
         with write_whole(table) as file:
             file.write(content)
-    drawn_at = figure.stat().st_mtime if figure.exists() else -math.inf
-    if time.time() - drawn_at > training.seconds_between_drawings or all_told and drawn_at < table.stat().st_mtime:
+    is_there = figure.exists()
+    drawn_at = figure.stat().st_mtime if is_there else trials[0].datetime_start.timestamp()
+    is_old = not is_there or drawn_at < table.stat().st_mtime
+    if time.time() - drawn_at > training.seconds_between_drawings or all_told and is_old:
         plot_search(search_curves(study), figure)
 
 

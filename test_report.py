@@ -261,7 +261,7 @@ def test_in_a_browser(evaluation, tmp_path):
     with opened(evaluation.folder / "report.html", tmp_path / "profile") as page:
         page.until("document.getElementById('cortex').dataset.shows === 'median of the subjects'")
         shown, name = [], "median of the subjects"
-        for name in (name, name, "subj03", "subj06"):
+        for name in (name, name, "subj03"):
             page.evaluate(f"""(() => {{ const choice = document.getElementById("of-map");
                 choice.value = "{name}"; choice.dispatchEvent(new Event("change")); }})()""")
             page.until(f"document.getElementById('cortex').dataset.shows === '{name}'")
@@ -272,7 +272,7 @@ def test_in_a_browser(evaluation, tmp_path):
             assert (is_grey & (value > 120) & (value < 215)).mean() > 0.1  # a cortex
             assert (~is_grey | (value < 60)).sum() > 500  # and colours on it
         changed = [(np.abs(a - b).max(2) > 30).sum() for a, b in zip(shown, shown[1:])]
-        assert changed[0] < 50 and changed[1] > 500 and changed[2] > 500
+        assert changed[0] < 50 and changed[1] > 500
 
         for width in (1280, 390):
             page.resize(width)

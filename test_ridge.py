@@ -35,8 +35,9 @@ def test_ridge_is_scikit_learns(n, n_features, monkeypatch):
 
 
 @pytest.mark.parametrize("name, has_class", [(tiny, True), ("vit_base_patch16_siglip_224.v2_webli", False)])
-def test_features_are_class_token_and_mean_of_the_pictures_tokens(name, has_class):
-    size = 56 if has_class else 32
+def test_features_are_class_token_and_mean_of_the_pictures_tokens(name, has_class, monkeypatch):
+    size, create = 56 if has_class else 32, timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **options: create(*a, **options, depth=3))
     trunk = Trunk(name, "blocks.{0,2}", image_size=size, pretrained=False)
     images = np.random.default_rng(0).integers(0, 256, (3, 256, 256, 3), np.uint8)
     [found] = of_features(trunk, images, [lambda features: ridge.pool_tokens(trunk, features)], batch_size=2)

@@ -304,16 +304,3 @@ def test_differences_between_trunks_are_paired():
     assert lines[1]["low"] == pytest.approx(-0.01 - 1.96 * 0.01, abs=0.003)
     assert lines[1]["high"] == pytest.approx(-0.01 + 1.96 * 0.01, abs=0.003)
     assert (lines[2]["low"], lines[2]["high"]) == pytest.approx((-0.1, -0.1))
-
-
-@pytest.mark.parametrize("name", ["vit_base_patch16_dinov3.lvd1689m", "vit_base_patch16_siglip_224.v2_webli",
-                                  "vit_pe_core_base_patch16_224.fb"])  # fmt: skip
-@torch.no_grad()
-def test_newer_trunks(name):
-    """Raw outputs of the block, whatever the number of tokens before the picture's."""
-    trunk = Trunk(name, "blocks.0", image_size=64, pretrained=False)
-    outputs, images = [], torch.randn(1, 3, 64, 64)
-    trunk.vit.blocks[0].register_forward_hook(lambda module, args, output: outputs.append(output))
-    [found] = trunk(images)
-    n_prefix = {"vit_base_patch16_dinov3.lvd1689m": 5, "vit_base_patch16_siglip_224.v2_webli": 0}.get(name, 1)
-    assert found.shape == (1, n_prefix + 16, 768) and torch.equal(found, outputs[0])

@@ -33,26 +33,26 @@ def create(monkeypatch):
 
 vit_attention = ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
 eva_attention = ["q_proj.weight", "q_proj.bias", "k_proj.weight", "v_proj.weight", "v_proj.bias"] + vit_attention[2:]
-trunks = {  # tokens at 224 px, how many of them stand before the picture's, and the weights that phase 2 trains
-    "vit_base_patch16_224.mae": (197, 1, vit_attention),  # the report's Table 4
-    "vit_base_patch16_224.dino": (197, 1, vit_attention),
-    "vit_base_patch16_224.augreg_in21k_ft_in1k": (197, 1, vit_attention),
-    "vit_base_patch16_clip_224.openai": (197, 1, vit_attention),
-    "vit_base_patch14_dinov2.lvd142m": (257, 1, vit_attention),
-    "vit_base_patch16_clip_224.laion2b": (197, 1, vit_attention),
-    "beitv2_base_patch16_224.in1k_ft_in22k": (197, 1, beit_attention),
-    "eva02_base_patch14_224.mim_in22k": (257, 1, eva_attention),
-    "eva02_base_patch16_clip_224.merged2b": (197, 1, eva_attention),
-    "vit_base_patch16_dinov3.lvd1689m": (201, 5, [n for n in vit_attention if n != "qkv.bias"]),  # newer ones
-    "vit_base_patch16_siglip_224.v2_webli": (196, 0, vit_attention),
-    "vit_pe_core_base_patch16_224.fb": (197, 1, vit_attention),
+trunks = {  # how many tokens stand before the picture's, and the weights that phase 2 trains
+    "vit_base_patch16_224.mae": (1, vit_attention),  # the report's Table 4
+    "vit_base_patch16_224.dino": (1, vit_attention),
+    "vit_base_patch16_224.augreg_in21k_ft_in1k": (1, vit_attention),
+    "vit_base_patch16_clip_224.openai": (1, vit_attention),
+    "vit_base_patch14_dinov2.lvd142m": (1, vit_attention),
+    "vit_base_patch16_clip_224.laion2b": (1, vit_attention),
+    "beitv2_base_patch16_224.in1k_ft_in22k": (1, beit_attention),
+    "eva02_base_patch14_224.mim_in22k": (1, eva_attention),
+    "eva02_base_patch16_clip_224.merged2b": (1, eva_attention),
+    "vit_base_patch16_dinov3.lvd1689m": (5, [n for n in vit_attention if n != "qkv.bias"]),  # newer ones
+    "vit_base_patch16_siglip_224.v2_webli": (0, vit_attention),
+    "vit_pe_core_base_patch16_224.fb": (1, vit_attention),
 }
 
 
 @pytest.mark.parametrize("name", trunks)
 def test_trunk_is_timm_with_hooks(name, monkeypatch):
-    n_tokens, n_prefix, attention = trunks[name]
-    depth, layers, used = 3, "blocks.{0,1}", [0, 1]  # 3 blocks, which are alike, for speed
+    n_prefix, attention = trunks[name]
+    size, depth, layers, used = 112, 3, "blocks.{0,1}", [0, 1]  # 3 blocks, which are alike, for speed
     if name == train_head.TRUNK:  # the report's own whole
         depth, layers, used = 12, train_head.LAYERS, [0, 2, 4, 6, 8, 10]
     create, whole = timm.create_model, []
@@ -66,16 +66,16 @@ def test_trunk_is_timm_with_hooks(name, monkeypatch):
         return vit
 
     monkeypatch.setattr(timm, "create_model", create_and_keep)
-    trunk, own = Trunk(name, layers, pretrained=False).train(), timm.get_pretrained_cfg(name)
-    assert trunk.feature_shapes == [(n_tokens, 768)] * len(used)
+    trunk = Trunk(name, layers, image_size=size, pretrained=False).train()
+    own, patch = timm.get_pretrained_cfg(name), trunk.vit.patch_embed.patch_size[0]
+    assert trunk.feature_shapes == [(n_prefix + (size // patch) ** 2, 768)] * len(used)
     assert (trunk.mean, trunk.std) == (own.mean, own.std)
     assert not any(p.requires_grad for p in trunk.parameters())
     kept = range(used[-1] + 1)  # nothing above the last block in use
     assert {n.split(".")[2] for n, _ in trunk.named_parameters() if ".blocks." in n} == set(map(str, kept))
     assert set(trunk.attention_parameters()) == {f"vit.blocks.{i}.attn.{n}" for i in kept for n in attention}
 
-    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    patch = trunk.vit.patch_embed.patch_size[0]
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     images[1] = images[0]
     images[1, :, 2 * patch : 3 * patch, 5 * patch : 6 * patch] += 3  # seen first by the patch in row 2, column 5
     expected = block_outputs(whole[0], images)
@@ -86,7 +86,7 @@ def test_trunk_is_timm_with_hooks(name, monkeypatch):
         torch.testing.assert_close(x, expected[i], rtol=1e-5, atol=1e-5)
         assert (x - expected[i + 1]).abs().max() > 0.01
     place = (found[0][1] - found[0][0]).norm(dim=1).argmax()
-    assert trunk.n_prefix == [n_prefix] * len(used) and place == n_prefix + 2 * (224 // patch) + 5
+    assert trunk.n_prefix == [n_prefix] * len(used) and place == n_prefix + 2 * (size // patch) + 5
 
 
 @pytest.mark.parametrize(
