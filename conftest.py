@@ -9,8 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-slow_files = ("test_search", "test_figures", "test_report", "test_predict", "test_training", "test_trunk")
-
+slow_files = """search figures report predict nsd trunk training stages prepare faults adapt""".split()
 
 pytest.register_assert_rewrite("shared_fixtures")
 
@@ -23,7 +22,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Files that take long come first: else one process works on the last of them while the other has none left."""
-    items.sort(key=lambda item: (*slow_files, item.path.stem).index(item.path.stem))
+    names = {item: item.path.stem.removeprefix("test_") for item in items}
+    items.sort(key=lambda item: (*slow_files, names[item]).index(names[item]))
 
 
 @pytest.hookimpl(optionalhook=True)

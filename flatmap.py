@@ -68,15 +68,20 @@ class FlatMap:
         sides = flat_picture(space) if space.unit == "pixels" else flat_surface(space, folder)
         self.middle = sides[0][0].shape[1]
         self.column, self.weight, self.grey = (np.concatenate(part, axis=1) for part in zip(*sides))
+        nearest = np.take_along_axis(self.column, self.weight.argmax(2)[:, :, None], 2)[:, :, 0]
+        self.inside = nearest >= 0
 
     def image(self, values):
         """values (n_vertices,) -> (height, width), NaN where the nearest vertex is missing."""
-        value = np.where(self.column < 0, np.nan, np.asarray(values, np.float32)[self.column])
+        column, weight = self.column[self.inside], self.weight[self.inside]
+        value = np.append(np.asarray(values, np.float32), np.float32(np.nan))[column]  # column -1: missing
         known = ~np.isnan(value)
-        weight = self.weight * known
-        nearest = np.take_along_axis(known, self.weight.argmax(2)[:, :, None], 2)[:, :, 0]
+        nearest = np.take_along_axis(known, weight.argmax(1)[:, None], 1)[:, 0]
+        weight = weight * known
+        image = np.full(self.inside.shape, np.nan)
         with np.errstate(invalid="ignore"):
-            return np.where(nearest, (np.nan_to_num(value) * weight).sum(2) / weight.sum(2), np.nan)
+            image[self.inside] = np.where(nearest, (np.nan_to_num(value) * weight).sum(1) / weight.sum(1), np.nan)
+        return image
 
     def outlines(self, roi_group, subject=None):
         """Areas of a ROI group as subject (an index; None: the group) has them -> {(ROI group, area): (border
@@ -97,10 +102,13 @@ class FlatMap:
             area = np.nan_to_num(self.image(labels == label))
             places = []
             for start, half in ((0, area[:, : self.middle]), (self.middle, area[:, self.middle :])):
-                depth = distance_transform_edt(half > 0.5)
-                if depth.max() * mm_per_pixel > smallest_named:
-                    y, x = np.unravel_index(depth.argmax(), depth.shape)
-                    places.append((start + x, y))
+                y, x = np.nonzero(half > 0.5)
+                if len(y):
+                    top, left = max(y.min() - 1, 0), max(x.min() - 1, 0)  # a frame of the outside is as good as all
+                    depth = distance_transform_edt(half[top : y.max() + 2, left : x.max() + 2] > 0.5)
+                    if depth.max() * mm_per_pixel > smallest_named:
+                        y, x = np.unravel_index(depth.argmax(), depth.shape)
+                        places.append((start + left + x, top + y))
             found[roi_group, name] = contour_generator(z=area).lines(0.5), places
         return found
 
