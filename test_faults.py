@@ -101,7 +101,7 @@ def test_preparation_and_pca_survive_kills(pair, tmp_path, capsys):
 def test_training_continues_bit_for_bit(fitted, tmp_path, capsys):
     """Killed while writing the first checkpoint, the first state and a later file, terminated once,
     interrupted once: the end is that of a run left alone."""
-    settings = dict(DATA_DIR=str(fitted), STEPS=40, VALIDATE_EVERY=8, BATCH_SIZE=16, WARMUP_STEPS=2, LEARNING_RATE=0.01)
+    settings = dict(DATA_DIR=str(fitted), STEPS=24, VALIDATE_EVERY=6, BATCH_SIZE=16, WARMUP_STEPS=2, LEARNING_RATE=0.01)
     settings |= small | dict(LAYERS="blocks.{0,1}")
     left_alone, killed = tmp_path / "left_alone", tmp_path / "killed"
     run(train_head, **settings, RUN_DIR=str(left_alone))
@@ -123,7 +123,7 @@ def test_training_continues_bit_for_bit(fitted, tmp_path, capsys):
     run(train_head, **settings, RUN_DIR=str(killed))
     assert "is finished" in capsys.readouterr().out and (killed / "head.pt").stat().st_mtime_ns == before
     made = torch.load(killed / "head.pt")["made_with"]
-    assert made["STEPS"] == 40 and made["data_fingerprint"] == prepare_data.load(fitted).fingerprint
+    assert made["STEPS"] == 24 and made["data_fingerprint"] == prepare_data.load(fitted).fingerprint
     with pytest.raises(Problem, match="WEIGHT_DECAY: 0.8 there, 0.3 now(?s:.)*--overwrite true"):
         run(train_head, **settings, RUN_DIR=str(killed), WEIGHT_DECAY=0.3)
 

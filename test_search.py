@@ -166,7 +166,13 @@ def test_killed_search_continues(fitted, tmp_path, capsys):
         run(search, **settings, RUN_DIR=str(tmp_path / "single"))
 
 
+def draw_nothing(found, path):
+    """In place of plot_search, which takes a second and is called in test_killed_search_continues."""
+    path.touch()
+
+
 def test_a_round_too_large_goes_on_with_fewer_heads(fitted, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "plot_search", draw_nothing)
     settings = quick | ranges | dict(DATA_DIR=str(fitted), TRIALS=3, STEPS=2, VALIDATE_EVERY=1)
     run(search, **settings, HEADS=3, RUN_DIR=str(tmp_path / "whole"))
     step, n_heads = training.train_step, []
@@ -224,9 +230,10 @@ done, training.Training.run = [], run
     assert files_of(tmp_path) == {"head.pt", "search.csv", "search.png", "study.journal"}
 
 
-def test_search_beats_the_reports_constants(tmp_path):
+def test_search_beats_the_reports_constants(tmp_path, monkeypatch):
     """16 trials on two people: the first with the constants of train_head.py, which few steps undertrain, seven drawn
     at random, eight from the Gaussian process, which gain where random ones gain 0.002."""
+    monkeypatch.setattr(search, "plot_search", draw_nothing)
     challenge, data = tmp_path / "challenge", str(tmp_path / "data")
     demo.simulate(challenge, subjects=(1, 2), n_train=240, n_test=5, picture_size=80, vertex_step=16, seed=1)
     run(prepare_data, CHALLENGE_DIR=str(challenge), DATA_DIR=data, SEED=3)
@@ -266,7 +273,7 @@ def test_trunks_are_compared(fitted, tmp_path, capsys):
     """A table of what can be had; what is finished stays; heads of one trunk differ by their seed alone."""
     other = "vit_tiny_patch16_224.augreg_in21k"
     settings = dict(DATA_DIR=str(fitted), RUN_DIR=str(tmp_path), PRETRAINED=False, IMAGE_SIZE=112, LAYERS="blocks.0",
-                    BATCH_SIZE=48, STEPS=6, SEEDS=2, DEVICE="cpu", PRECISION="float32")  # fmt: skip
+                    BATCH_SIZE=24, STEPS=6, SEEDS=2, DEVICE="cpu", PRECISION="float32")  # fmt: skip
     run(compare_trunks, **settings, TRUNKS=tiny)
     checkpoint, alone = tmp_path / tiny / "seed-1.pt", (tmp_path / "trunks.csv").read_bytes()
     before = checkpoint.stat().st_mtime_ns
