@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-slow_files = """search figures report predict nsd trunk training stages prepare faults adapt""".split()
+slow_files = "search figures report predict nsd trunk training stages prepare faults adapt".split()
 
 pytest.register_assert_rewrite("shared_fixtures")
 

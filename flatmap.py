@@ -57,9 +57,10 @@ class FlatMap:
     """Visual cortex on flat fsaverage as pixels, both hemispheres with their posterior ends side by side.
 
     Cropped to the vertices of space. A pixel interpolates the three vertices around it: column
-    (height, width, 3), of the common space or -1, and weight (height, width, 3). Where vertices are
-    missing the cortex beneath shows: grey (height, width), sulci darker, NaN outside. middle: first
-    pixel column of the right hemisphere.
+    (height, width, 3), of the common space or -1, and weight (height, width, 3). inside (height, width):
+    where the nearest of them has a column, and nearest (n,) that one. Where vertices are missing the
+    cortex beneath shows: grey (height, width), sulci darker, NaN outside. middle: first pixel column of
+    the right hemisphere.
     """
 
     def __init__(self, space, folder=""):
@@ -69,18 +70,17 @@ class FlatMap:
         self.middle = sides[0][0].shape[1]
         self.column, self.weight, self.grey = (np.concatenate(part, axis=1) for part in zip(*sides))
         nearest = np.take_along_axis(self.column, self.weight.argmax(2)[:, :, None], 2)[:, :, 0]
-        self.inside = nearest >= 0
+        self.inside, self.nearest = nearest >= 0, nearest[nearest >= 0]
 
     def image(self, values):
         """values (n_vertices,) -> (height, width), NaN where the nearest vertex is missing."""
-        column, weight = self.column[self.inside], self.weight[self.inside]
-        value = np.append(np.asarray(values, np.float32), np.float32(np.nan))[column]  # column -1: missing
-        known = ~np.isnan(value)
-        nearest = np.take_along_axis(known, weight.argmax(1)[:, None], 1)[:, 0]
-        weight = weight * known
+        values = np.append(np.asarray(values, np.float32), np.float32(np.nan))  # of column -1, too
+        value = values[self.column[self.inside]]
+        weight = np.where(np.isnan(value), 0, self.weight[self.inside])
         image = np.full(self.inside.shape, np.nan)
         with np.errstate(invalid="ignore"):
-            image[self.inside] = np.where(nearest, (np.nan_to_num(value) * weight).sum(1) / weight.sum(1), np.nan)
+            mean = (np.nan_to_num(value) * weight).sum(1) / weight.sum(1)
+        image[self.inside] = np.where(np.isnan(values[self.nearest]), np.nan, mean)
         return image
 
     def outlines(self, roi_group, subject=None):

@@ -323,9 +323,8 @@ def write_results(study, folder, all_told=False):
     if not table.exists() or table.read_bytes() != content:
         with write_whole(table) as file:
             file.write(content)
-    is_there = figure.exists()
-    drawn_at = figure.stat().st_mtime if is_there else trials[0].datetime_start.timestamp()
-    is_old = not is_there or drawn_at < table.stat().st_mtime
+    drawn_at = figure.stat().st_mtime if figure.exists() else trials[0].datetime_start.timestamp()
+    is_old = drawn_at < table.stat().st_mtime
     if time.time() - drawn_at > training.seconds_between_drawings or all_told and is_old:
         plot_search(search_curves(study), figure)
 

@@ -86,20 +86,19 @@ def serve_forks(context, other_end, connection):
                 connection.send(process.pid)
 
 
-def run_forked(command, before, folder, *outputs):
+def run_forked(command, before, *outputs):
     for number, name in enumerate(outputs, 1):
         os.dup2(os.open(name, os.O_WRONLY), number)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # not what pytest put there
-    os.chdir(folder)
     sys.argv = command
     exec(before, {})
     runpy.run_path(str(here / command[0]), run_name="__main__")
 
 
-def start(script, *arguments, before="", folder=here):
-    """A stage as a process of its own that starts in folder; before: code that runs ahead of it, such as a trap."""
+def start(script, *arguments, before=""):
+    """A stage as a process of its own; before: code that runs ahead of it, such as a trap."""
     outputs = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]
-    forks.server.send(([script, *map(str, arguments)], before, folder, *(file.name for file in outputs)))
+    forks.server.send(([script, *map(str, arguments)], before, *(file.name for file in outputs)))
     return SimpleNamespace(pid=forks.server.recv(), outputs=outputs)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from nilearn import datasets, surface
 from PIL import Image
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, distance_transform_edt
 
 import ensemble
 import evaluate
@@ -337,7 +337,9 @@ def test_pixels_are_drawn_as_the_picture_that_they_are():
     pixels = np.concatenate([pixels[pixels % width < 100], pixels[pixels % width >= 100]])
     n_lh = int((pixels % width < 100).sum())
     mask = torch.ones(1, len(pixels), dtype=torch.bool)
-    space = model.Space(["subj01"], torch.tensor(pixels), n_lh, mask, {}, unit="pixels")
+    is_block = ((row - 110 == np.clip(row - 110, 0, 19)) & (column - 40 == np.clip(column - 40, 0, 29))).ravel()[pixels]
+    rois = {"streams": {"names": {0: "Unknown", 1: "block"}, "labels": torch.tensor(is_block[None].astype(int))}}
+    space = model.Space(["subj01"], torch.tensor(pixels), n_lh, mask, rois, unit="pixels")
     flat = flatmap.FlatMap(space)
     values = np.random.default_rng(0).random(len(pixels)).astype(np.float32)
     picture = np.full((height, width), np.nan, np.float32)
@@ -346,7 +348,10 @@ def test_pixels_are_drawn_as_the_picture_that_they_are():
     wanted = np.kron(picture[rows, columns], np.ones((2, 2), np.float32))  # half a millimetre
     assert np.array_equal(flat.image(values), wanted, equal_nan=True)
     assert flat.middle == 2 * (100 - columns.start)
-    assert flat.outlines("streams") == {}
+    [(lines, [(x, y)])] = flat.outlines("streams", 0).values()
+    top, left = 2 * (110 - rows.start), 2 * (40 - columns.start)
+    assert len(lines) == 1 and abs(y - (top + 19.5)) < 1 and 19 <= x - left <= 40  # in the middle of 40 x 60
+    assert flat.outlines("floc-faces", 0) == {}
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +382,11 @@ def test_outlines(dense):
         for k, (lines, places) in enumerate(outlines.values(), 1):
             inside = np.nan_to_num(dense.image(labels[subject].numpy() == k)) > 0.5
             assert places and all(inside[y, x] for x, y in places)
-            assert len(places) == sum(half.any() for half in (inside[:, : dense.middle], inside[:, dense.middle :]))
+            depths = [distance_transform_edt(half) for half in np.split(inside, [dense.middle], axis=1)]
+            assert len(places) == sum(depth.any() for depth in depths)
+            for x, y in places:  # the middle of its half
+                depth, x = (depths[0], x) if x < dense.middle else (depths[1], x - dense.middle)
+                assert depth[y, x] == depth.max()
             around = np.concatenate(lines).round().astype(int)
             border = [inside[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2] for x, y in around]
             assert all(part.any() for part in border) and not any(part.all() for part in border)

@@ -166,13 +166,23 @@ def test_killed_search_continues(fitted, tmp_path, capsys):
         run(search, **settings, RUN_DIR=str(tmp_path / "single"))
 
 
-def draw_nothing(found, path):
-    """In place of plot_search, which takes a second and is called in test_killed_search_continues."""
-    path.touch()
+@pytest.fixture
+def drawn(monkeypatch):
+    """How many trials plot_search() was given, at every call; it takes a second: test_killed_search_continues has
+    the figure."""
+    calls = []
+
+    def count(found, path):
+        calls.append(len(found["number"]))
+        path.touch()
+
+    monkeypatch.setattr(search, "plot_search", count)
+    monkeypatch.setattr(training, "seconds_between_drawings", 1e9)
+    return calls
 
 
-def test_a_round_too_large_goes_on_with_fewer_heads(fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "plot_search", draw_nothing)
+def test_a_round_too_large_goes_on_with_fewer_heads(fitted, tmp_path, drawn, monkeypatch):
+    """And search.png is drawn at the end, and before it where the last one is some seconds old."""
     settings = quick | ranges | dict(DATA_DIR=str(fitted), TRIALS=3, STEPS=2, VALIDATE_EVERY=1)
     run(search, **settings, HEADS=3, RUN_DIR=str(tmp_path / "whole"))
     step, n_heads = training.train_step, []
@@ -186,7 +196,10 @@ def test_a_round_too_large_goes_on_with_fewer_heads(fitted, tmp_path, monkeypatc
     monkeypatch.setattr(training, "train_step", small_memory)
     with pytest.raises(MemoryError):
         run(search, **settings, HEADS=3, RUN_DIR=str(tmp_path / "parts"))
-    run(search, **settings, HEADS=2, RUN_DIR=str(tmp_path / "parts"))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "seconds_between_drawings", 0)
+        run(search, **settings, HEADS=2, RUN_DIR=str(tmp_path / "parts"))
+    assert drawn == [3, 3, 3]  # once, and twice
     assert n_heads == [3, 2, 2, 1, 1]
     assert (tmp_path / "whole/search.csv").read_bytes() == (tmp_path / "parts/search.csv").read_bytes()
     assert_equal(torch.load(tmp_path / "whole/head.pt"), torch.load(tmp_path / "parts/head.pt"))
@@ -230,10 +243,9 @@ done, training.Training.run = [], run
     assert files_of(tmp_path) == {"head.pt", "search.csv", "search.png", "study.journal"}
 
 
-def test_search_beats_the_reports_constants(tmp_path, monkeypatch):
+def test_search_beats_the_reports_constants(tmp_path, drawn):
     """16 trials on two people: the first with the constants of train_head.py, which few steps undertrain, seven drawn
     at random, eight from the Gaussian process, which gain where random ones gain 0.002."""
-    monkeypatch.setattr(search, "plot_search", draw_nothing)
     challenge, data = tmp_path / "challenge", str(tmp_path / "data")
     demo.simulate(challenge, subjects=(1, 2), n_train=240, n_test=5, picture_size=80, vertex_step=16, seed=1)
     run(prepare_data, CHALLENGE_DIR=str(challenge), DATA_DIR=data, SEED=3)
@@ -241,6 +253,7 @@ def test_search_beats_the_reports_constants(tmp_path, monkeypatch):
     settings = quick | dict(DATA_DIR=data, TRIALS=16, HEADS=8, BATCH_SIZE=32, STEPS=24, VALIDATE_EVERY=24)
     settings |= ranges | dict(LATENT_DIM_RANGE=(16, 16), LEARNING_RATE_RANGE=(5e-4, 3e-2))
     run(search, **settings, RUN_DIR=str(tmp_path))
+    assert drawn == [16]  # at the end
     trials = trials_of(tmp_path)
     first = trials[0].params
     assert (first["LEARNING_RATE"], first["WEIGHT_DECAY"], first["FEATURE_DROPOUT"]) == (6e-4, 0.8, 0.9)
