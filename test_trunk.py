@@ -70,7 +70,7 @@ def test_trunk_is_timm_with_hooks(name, monkeypatch):
     own, patch = timm.get_pretrained_cfg(name), trunk.vit.patch_embed.patch_size[0]
     assert trunk.feature_shapes == [(n_prefix + (size // patch) ** 2, 768)] * len(used)
     assert (trunk.mean, trunk.std) == (own.mean, own.std)
-    assert not any(p.requires_grad for p in trunk.parameters())
+    assert not any(p.requires_grad for p in trunk.parameters()) and not any(m.training for m in trunk.modules())
     kept = range(used[-1] + 1)  # nothing above the last block in use
     assert {n.split(".")[2] for n, _ in trunk.named_parameters() if ".blocks." in n} == set(map(str, kept))
     assert set(trunk.attention_parameters()) == {f"vit.blocks.{i}.attn.{n}" for i in kept for n in attention}
