@@ -472,6 +472,11 @@ def adapt(path, files, stamps, output, device, precision):
     encoder, space = add_person(encoder, space, person, weight, bias)
     if h_test is not None:
         write_test_predictions(output / "submission", encoder, person, len(space.subjects) - 1, h_test)
+    stale = [] if n_scored > 1 else ["curve.csv", "curve.png"]  # of an earlier run
+    if h_test is None:
+        stale += [f"submission/{SUBJECT}/{hemi}_pred_test.npy" for hemi in prepare_data.hemis]
+    for name in stale:
+        (output / name).unlink(missing_ok=True)
     about = {"inputs": inputs, "n_pictures": n_train, "penalties": [f"{v:g}" for v in chosen]}
     about["constants"] = constants(globals())
     made_with = made["made_with"] | {"adapted": [*made["made_with"].get("adapted", ()), about]}

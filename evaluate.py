@@ -350,8 +350,10 @@ def main():
         ensemble.describe()
         checkpoints = [(*known, encoder) for known, encoder in zip(ensemble.checkpoints, ensemble.encoders)]
         paths = [path for path, _, _ in checkpoints]
-        source, stems = ",".join(map(str, paths)), "_".join(path.stem for path in paths)
-        folder = paths[0].parent / f"evaluation_{stems}_{split}"
+        source, names = ",".join(map(str, paths)), [path.stem for path in paths]
+        if len(paths) > 1:  # most are called alike
+            names = [f"{path.resolve().parent.name}-{path.stem}" for path in paths]
+        folder = paths[0].parent / f"evaluation_{'_'.join(names)}_{split}"
         predictions = checkpoint_predictor(ensemble, data)
         what |= {"precision": str(ensemble.precision)[6:], "checkpoints": ensemble.record()}
     what["constants"] = constants(globals())

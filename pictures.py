@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import prepare_data
-from common import Problem, fingerprint, progress
+from common import Problem, progress
 
 picture_formats = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "PPM")
 largest_picture = 100e6  # pixels; protects memory
@@ -21,15 +21,20 @@ largest_picture = 100e6  # pixels; protects memory
 
 def find_pictures(images, output_dir):
     """{name: path} in sorted order. Names are paths below the folder without their ending, with it
-    where two would be equal. Files of other kinds are left out and counted."""
-    root = Path(images)
+    where two would be equal. Files of other kinds are left out and counted, what is hidden or in output_dir is left
+    out."""
+    root, output = Path(images), Path(output_dir).resolve()
     if root.is_file():
         return {root.stem: root}
     if not root.is_dir():
         raise Problem(f"{root} not found, expected a picture or a folder of pictures")
     endings = {e for e, kind in Image.registered_extensions().items() if kind in picture_formats}
-    files = [p.relative_to(root) for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-    files = [p for p in files if Path(output_dir).resolve() not in (root / p).resolve().parents]
+    if output == root.resolve():
+        raise Problem(f"OUTPUT_DIR is {root}, where the pictures are: choose another, or maps would count as pictures")
+    files = [p.relative_to(root) for p in sorted(root.rglob("*")) if p.is_file()]
+    files = [p for p in files if not any(part.startswith(".") for part in p.parts)]
+    if root.resolve() in output.parents:
+        files = [p for p in files if output not in (root / p).resolve().parents]
     pictures = [p for p in files if p.suffix.lower() in endings]
     others = [str(p) for p in files if p.suffix.lower() not in endings]
     if others:
@@ -127,16 +132,12 @@ def try_picture(path):
 
 
 def look_at(path):
-    """(width, height) by the file's header and a stamp of size and both ends; or what is wrong as a string."""
+    """(width, height) by the file's header and a fingerprint of the file; or what is wrong as a string."""
     try:
         with open_file(path) as picture:
             check_size(picture)
             size = picture.size
-        with open(path, "rb") as file:
-            head = file.read(64)
-            n_bytes = file.seek(0, 2)
-            file.seek(max(0, n_bytes - 64))
-            return size, fingerprint(n_bytes, head, file.read())
+        return size, prepare_data.sample_fingerprint(Path(path))
     except MemoryError:
         raise
     except Exception as error:

@@ -677,8 +677,10 @@ def load_content(folder):
 
 
 def sample_fingerprint(path, n_blocks=256, n_bytes=1 << 16):
-    """Of the file's size and up to 16 MiB spread evenly over it: whether it is the file that it was."""
+    """Of the file, if it has more than 16 MiB of as many spread evenly over it: whether it is the one that it was."""
     size = path.stat().st_size
+    if size <= n_blocks * n_bytes:
+        n_blocks, n_bytes = 1, size
     with open(path, "rb") as file:
         parts = []
         for start in np.unique(np.linspace(0, max(0, size - n_bytes), n_blocks).astype(np.int64)):

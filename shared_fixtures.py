@@ -120,6 +120,29 @@ def exit_code(started):
     return forks.server.recv()
 
 
+holds_a_folder = """
+import os, time
+from common import sole_writer
+with sole_writer({folder!r}, "prepare_data.py"):
+    open(os.path.join({folder!r}, ".pca.pt.partial"), "wb").write(bytes(1000))
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def another_process(folder):
+    """Another process that writes to folder and is killed at the end, its partial file left behind."""
+    process = start("prepare_data.py", before=holds_a_folder.format(folder=str(folder)))
+    try:
+        while not process.outputs[0].read():
+            assert exit_code(process) is None
+        yield process
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        finish(process)
+
+
 @torch.enable_grad()  # a test that computes no gradients may be the first to ask
 def trained(stage, **values):
     """Run a training stage -> the encoder it trained, its weights before, names of what was trainable,

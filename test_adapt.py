@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import ridge
 from checkpoint import check_scorable, load_checkpoint, save_checkpoint, trained_pictures
 from common import Problem
 from shared_fixtures import hemis, r2_of_vertices, run
+from ensemble import load_for
 from model import of_features
 from pictures import read_picture
 
@@ -139,21 +141,20 @@ def person(tmp_path_factory):
 
 
 seed = 15  # holds out two pictures that others were trained on
-options = dict(PRECISION="float32", DEVICE="cpu", N_DRAWS=2, SEED=seed)
+options = dict(PRECISION="float32", DEVICE="cpu", N_DRAWS=2, SEED=seed, BATCH_SIZE=4)
 
 
 @pytest.fixture(scope="module")
 def adapted(phase_2, person, fitted, tmp_path_factory):
     """OUTPUT_DIR of the person, adapted from finetuned.pt of the eight."""
-    output = tmp_path_factory.mktemp("adapted") / "p-09"
-    run(
-        adapt,
-        CHALLENGE_DIR=str(person),
-        SUBJECT="subj09",
-        RUN_DIR=str(fitted.parent / "run"),
-        OUTPUT_DIR=str(output),
-        **options,
-    )
+    output, fit, rows = tmp_path_factory.mktemp("adapted") / "p-09", adapt.Solver.fit, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt.Solver, "fit", lambda self, chosen: rows.append(set(chosen)) or fit(self, chosen))
+        run(
+            adapt, CHALLENGE_DIR=str(person), SUBJECT="subj09", RUN_DIR=str(fitted.parent / "run"),
+            OUTPUT_DIR=str(output), **options,
+        )  # fmt: skip
+    assert len(rows) > 4 and all(chosen <= rows[0] for chosen in rows)  # smaller sizes see no held-out picture
     return output
 
 
@@ -339,6 +340,8 @@ def test_later_stages_take_the_adapted_checkpoint(adapted, person, fitted, chall
     y = prepared.read_activity(scored)[:, np.concatenate(known)]
     found = json.loads((tmp_path / "scores/scores.json").read_text())
     assert found["n_images"] == {"subj09": len(scored)} and len(scored) < len(prepared.samples("val"))
+    known_to = load_for(prepared, [tmp_path / path], "cpu", "float32", "")[1].trained_nsd_ids
+    assert set(known_to) == set(trained_pictures(made, ["subj09"])[0]) and len(known_to)
     median = found["scores"]["subject"]["subj09"]["r2"]["median"]
     assert median == pytest.approx(np.median(r2_of_vertices(y.astype(float), prediction)), abs=1e-4)
     run(
@@ -368,19 +371,51 @@ def test_adapting_again(adapted, person, fitted, tmp_path, capsys):
     before = (adapted / "adapted.pt").read_bytes()
     run(adapt, **values)
     assert "is there already from these inputs" in capsys.readouterr().out
-    with pytest.raises(Problem, match="HOLD_OUT: True there, False now"):
-        run(adapt, **values, HOLD_OUT=False)
+    shutil.copytree(person / "subj09", tmp_path / "corrected/subj09")
+    path = tmp_path / "corrected/subj09/training_split/training_fmri/rh_training_fmri.npy"
+    activity = np.load(path)
+    activity[7, 3] += 1
+    np.save(path, activity)
+    for other, message in (
+        (dict(HOLD_OUT=False), "HOLD_OUT: True there, False now"),
+        (dict(CHALLENGE_DIR=str(tmp_path / "corrected")), "activity: .* there"),
+        (dict(CHECKPOINT=str(fitted.parent / "run/head.pt")), "checkpoint: .* there"),
+    ):
+        with pytest.raises(Problem, match=message):
+            run(adapt, **values | other)
     assert (adapted / "adapted.pt").read_bytes() == before
 
     # somebody else on top, under another name, all pictures used
     values |= dict(CHALLENGE_DIR=str(person / "subj09"), SUBJECT="Zoë"[:2] + "-1", HOLD_OUT=False)
     values |= dict(CHECKPOINT=str(adapted / "adapted.pt"), OUTPUT_DIR=str(tmp_path / "more"))
+    (tmp_path / "more").mkdir()
+    for name in ("curve.csv", "curve.png"):  # of an earlier run
+        (tmp_path / "more" / name).touch()
     run(adapt, **values)
     encoder, space, made = load_checkpoint(tmp_path / "more/adapted.pt")
+    first = load_checkpoint(adapted / "adapted.pt")[2]["added_nsd_ids"]["subj09"]
+    assert len(first) and torch.equal(torch.as_tensor(made["added_nsd_ids"]["subj09"]), torch.as_tensor(first))
     assert space.subjects[8:] == ["subj09", "Zo-1"] and made["made_with"]["adapted"][1]["n_pictures"] == len(
         list((person / "subj09/training_split/training_images").iterdir())
     )
-    assert not (tmp_path / "more/curve.csv").exists()
+    assert {path.name for path in (tmp_path / "more").glob("[!.]*")} == {"adapted.pt", "submission"}
+
+
+def test_held_out_pictures_go_by_their_ids():
+    """Not by the order in which a folder has them."""
+    ids = np.random.default_rng(0).permutation(60) + 73000
+    assert (adapt.hold_out(ids)[np.argsort(ids)] == adapt.hold_out(np.sort(ids))).all()
+
+
+def test_every_picture_is_fitted_to_its_own_activity(adapted):
+    """Of more than one part of 512."""
+    encoder, rng = load_checkpoint(adapted / "adapted.pt")[0], np.random.default_rng(0)
+    sizes = (700, encoder.head.shared.shape[1]), (700, 9)
+    h, y = (torch.from_numpy(rng.standard_normal(size).astype(np.float32)) for size in sizes)
+    person = SimpleNamespace(columns=np.arange(9), known=lambda: np.ones(9, bool), read_activity=lambda rows: y[rows])
+    solver = adapt.Solver(encoder, person, h)
+    residual = y - encoder.decode(h, None).detach()[:, :9]
+    torch.testing.assert_close(solver.targets, adapt.coordinates(solver.basis, residual), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("fault, message", [

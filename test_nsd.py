@@ -695,6 +695,13 @@ def test_objects_are_what_cocos_own_tools_make():
     objects, captions = coco.convert(picture, (0, 0, 0.2, 0.12))  # x from 125 to 550
     assert captions == ["one"] and list(objects) == list(coco.columns)
     assert objects["bbox"] == [[0, 40, 35, 80]] and objects["area"] == [35 * 80]
+    turned = instance | dict(bbox=[40, 100, 80, 60], segmentation=[outline], category_id=88, category="bear",
+                             supercategory="toy")  # fmt: skip
+    tall = {"height": 625, "width": 425, "captions": [], "instances": [turned]}
+    turned["segmentation"] = [[40, 100, 40, 160, 120, 160, 120, 100]]
+    found, _ = coco.convert(tall, (0.2, 0.12, 0, 0))  # y from 125 to 550
+    assert found["bbox"] == [[40, 0, 80, 35]] and found["area"] == [35 * 80]
+    assert (found["category"], found["supercategory"], found["target"]) == (["bear"], ["toy"], [88])
     assert objects["segmentation"][0] == {"counts": None, "poly": [[0, 40, 35, 40, 35, 120, 0, 120]], "size": None}
     picture["instances"][0]["segmentation"] = [[0, 0, 9, 0, 9, 9], outline]  # as published: counts the first part
     assert coco.convert(picture, (0, 0, 0.2, 0.12))[0]["area"] == []
@@ -724,6 +731,9 @@ def test_objects_are_what_cocos_own_tools_make():
     assert objects["area"] == [mask.sum()]
     text = "k>1X=0Tl0W6emN000000000000000000000cWY5iI"
     assert objects["segmentation"] == [{"counts": text, "poly": None, "size": [425, 425]}]
+    tall = np.zeros((1000, 850), int)
+    tall[100:950] = mask.repeat(2, 0).repeat(2, 1)
+    assert (coco.crop_mask(tall.astype(np.uint8), np.array([[0, 100], [850, 950]])) == mask).all()
 
 
 def plain_activity(ids, held, maps, test):
@@ -880,6 +890,7 @@ def small_png(shape):
     "damage, message",
     [
         (lambda path: path.unlink(), "train lacks shards 1;"),
+        (lambda path: min(path.parent.glob("test-*")).unlink(), "test lacks shards 0;"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "not a whole Parquet file"),
         (lambda path: path.write_bytes(b""), "not a whole Parquet file"),
         (lambda path: shutil.copy(path, path.with_name("train-copy.parquet")), "trials occur twice"),
@@ -932,8 +943,12 @@ def test_export_goes_on_where_it_ended(nsd, flat, tmp_path, monkeypatch):
     assert files == sorted(p.name for p in tmp_path.glob("data/*"))
     for name in files:
         assert pyarrow.parquet.read_table(tmp_path / "data" / name) == pyarrow.parquet.read_table(flat / "data" / name)
-    with pytest.raises(Problem, match="not made from these data"):
-        run(prepare_flat, **flat_settings(nsd, tmp_path, RSC_DIR=""))
+    for other in (dict(RSC_DIR=""), dict(SURFACE_DIR="")):
+        with pytest.raises(Problem, match="not made from these data"):
+            run(prepare_flat, **flat_settings(nsd, tmp_path, **other))
+    shutil.copy(first, tmp_path / "train-x.parquet")
+    with pytest.raises(Problem, match="holds other files"):
+        run(prepare_flat, **flat_settings(nsd, tmp_path))
 
 
 def test_what_an_export_lacks_is_told_at_once(nsd, tmp_path):

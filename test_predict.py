@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -28,8 +29,11 @@ from checkpoint import load_checkpoint, save_checkpoint
 from common import Problem
 from shared_fixtures import (
     assert_equal, both, cut, finish, here, hemis, on_command_line, plain_input, png_claiming, run, small, start,
+    tiny,
 )  # fmt: skip
-from ensemble import choose_checkpoint
+from ensemble import choose_checkpoint, share_trunks
+from model import Trunk
+from pictures import find_pictures, look_at, to_picture
 
 
 # ---- an independent prediction ------------------------------------------------------------------
@@ -200,6 +204,28 @@ def colours(tmp_path_factory):
     for name, picture in shown.items():
         picture.save(folder / f"{name}.png")
     return folder, shown
+
+
+def test_which_files_are_pictures(tmp_path):
+    """Hidden ones, other kinds and predictions beside them are not; names stay apart, and so do pictures of equal size
+    whose ends are equal."""
+    folder = tmp_path / "photos"
+    for name in ("a.jpg", "a.png", ".d.png", ".ipynb_checkpoints/b.png", "c.txt", "out/m.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        colour(9, 9, 9).save(folder / name, "PNG")
+    assert list(find_pictures(folder, folder / "out")) == ["a.jpg", "a.png"]
+    assert list(find_pictures(folder / "out", folder)) == ["m"]  # predictions above the pictures
+    with pytest.raises(Problem, match="OUTPUT_DIR is .*photos, where the pictures are"):
+        find_pictures(folder, folder)
+    stamps = set()
+    for shade in (0, 100):
+        picture = Image.new("RGB", (60, 60), "white")
+        picture.paste((shade, 0, 0), (20, 20, 40, 40))
+        picture.save(tmp_path / "stimulus.bmp")
+        stamps.add(look_at(tmp_path / "stimulus.bmp"))
+    assert len(stamps) == 2 and {size for size, _ in stamps} == {(60, 60)}
+    assert (to_picture(Image.fromarray(np.full((9, 9), 0x80FF, np.uint16))) == 0x80).all()
+    assert (to_picture(Image.new("RGBA", (9, 9), (200, 0, 0, 0))) == 255).all()  # on white
 
 
 def test_files_of_a_handful(finetuned, fitted, colours, tmp_path, monkeypatch):
@@ -460,6 +486,9 @@ def test_contrast_is_scipys_t_test(finetuned, fitted, tmp_path):
             t = scipy.stats.ttest_ind(*means, equal_var=False).statistic
             assert float(row[f"t_{column}"]) == pytest.approx(t, rel=2e-3) and int(row[f"n_{column}"]) == area.sum()
         assert all((tmp_path / f"out/{subject}/{name}.png").is_file() for name in expected)
+    with pytest.raises(Problem, match="other predictions .*stamps"):  # less the other way round
+        run(predict, CHECKPOINT=str(finetuned), IMAGES=str(tmp_path / "places"), CONTRAST=str(tmp_path / "faces"),
+            SUBJECT="subj08,group", OUTPUT_DIR=str(tmp_path / "out"), PRECISION="float32")  # fmt: skip
     sides_of_rows = [Path(row["side"]).name for row in read_csv(tmp_path / "out/pictures.csv")]
     assert sides_of_rows == 5 * ["faces"] + 4 * ["places"]
 
@@ -510,6 +539,30 @@ def test_several_checkpoints_are_averaged(finetuned, phase_1, fitted, subset, co
 
 
 # ---- checkpoints by name ------------------------------------------------------------------------
+
+
+def test_trunks_are_shared_that_give_the_same_features():
+    trunks = [Trunk(tiny, layers, image_size=56, pretrained=False) for layers in 2 * ["blocks.0"] + ["blocks.1"]]
+    encoders = [SimpleNamespace(trunk=trunk) for trunk in trunks]
+    share_trunks(encoders)
+    assert [encoder.trunk is trunks[0] for encoder in encoders] == [True, True, False]
+
+
+def test_a_failed_write_ends_the_call(finetuned, colours, tmp_path, monkeypatch):
+    """Though a thread writes, and the picture is not the last."""
+    write, calls = results.ActivityWriter.write, []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(results.ActivityWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(predict, CHECKPOINT=str(finetuned), IMAGES=str(colours[0]), SUBJECT="group", BATCH_SIZE=1, MAPS=0,
+            OUTPUT_DIR=str(tmp_path))  # fmt: skip
+    assert not (tmp_path / "group").exists()
 
 
 def test_which_checkpoint_predicts(phase_1, fitted, tmp_path, capsys):

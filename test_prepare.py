@@ -4,7 +4,6 @@ Beside test_model.py's tests of the same stages: what they refuse and tell, who 
 when inputs change, and numbers against independent ones.
 """
 
-import contextlib
 import errno
 import hashlib
 import importlib
@@ -30,7 +29,7 @@ import demo
 import fit_pca
 import prepare_data
 from common import Problem
-from shared_fixtures import exit_code, finish, hemis, here, run, start
+from shared_fixtures import another_process, hemis, here, run
 
 pictures_of = "{}/training_split/training_images"
 fmri = "{}/training_split/training_fmri/{}_training_fmri.npy"
@@ -319,29 +318,6 @@ def test_without_locks_and_folders_that_open(tmp_path, monkeypatch, capsys):
 
 def raise_no_locks(*_):
     raise OSError(errno.ENOLCK, "No locks available")
-
-
-holds_a_folder = """
-import os, time
-from common import sole_writer
-with sole_writer({folder!r}, "prepare_data.py"):
-    open(os.path.join({folder!r}, ".pca.pt.partial"), "wb").write(bytes(1000))
-    print("writing", flush=True)
-    time.sleep(600)
-"""
-
-
-@contextlib.contextmanager
-def another_process(folder):
-    """Another process that writes to folder and is killed at the end, its partial file left behind."""
-    process = start("prepare_data.py", before=holds_a_folder.format(folder=str(folder)))
-    try:
-        while not process.outputs[0].read():
-            assert exit_code(process) is None
-        yield process
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        finish(process)
 
 
 def test_one_writer_at_a_time(original, data, capsys):

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import shlex
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -21,7 +23,7 @@ import train_head
 import training
 from checkpoint import load_checkpoint
 from common import Problem, constants, parse_constant
-from shared_fixtures import assert_equal, both, finish, on_command_line, run, small, start, tiny
+from shared_fixtures import another_process, assert_equal, both, finish, on_command_line, run, small, start, tiny
 from model import Trunk
 
 
@@ -120,7 +122,7 @@ torch.optim.AdamW.step = mortal
 """
 
 
-def test_killed_search_continues(fitted, tmp_path, capsys):
+def test_killed_search_continues(fitted, subset, tmp_path, capsys):
     """Killed while drawing a round, while training, while telling a round: the end is that of a search left alone,
     with a trial that fails. The last head is one that train_head.py makes with the row's constants."""
     settings = quick | ranges | dict(DATA_DIR=str(fitted), TRIALS=5, HEADS=2, STEPS=6, VALIDATE_EVERY=3)
@@ -162,6 +164,8 @@ def test_killed_search_continues(fitted, tmp_path, capsys):
     assert len(trials_of(killed)) == 5
     with pytest.raises(Problem, match="BATCH_SIZE: 48 there, 40 now"):
         run(search, **settings | dict(BATCH_SIZE=40), RUN_DIR=str(killed))
+    with pytest.raises(Problem, match="pca_fingerprint: .* there"):
+        run(search, **settings | dict(DATA_DIR=str(subset)), RUN_DIR=str(killed))
     with pytest.raises(Problem, match="holds the head.pt of another run"):
         run(search, **settings, RUN_DIR=str(tmp_path / "single"))
 
@@ -266,6 +270,36 @@ def test_search_beats_the_reports_constants(tmp_path, drawn):
     assert sum(found["importance"].values()) == pytest.approx(1)
 
 
+def test_what_overwrite_gives_up(tmp_path, monkeypatch):
+    """A study that is finished or has other inputs, not one that goes on or that another process works on."""
+    for name, value in dict(OVERWRITE=True, TRIALS=1).items():
+        monkeypatch.setattr(search, name, value)
+    study = search.open_study(tmp_path, {"SEED": 1})
+    study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
+    assert len(search.open_study(tmp_path, {"SEED": 1}).trials) == 1
+    (tmp_path / "worker-0").mkdir()
+    with another_process(tmp_path / "worker-0"), pytest.raises(Problem, match="is being written to by"):
+        search.open_study(tmp_path, {"SEED": 2})
+    assert len(search.read_study(tmp_path / "study.journal").trials) == 1
+    assert search.open_study(tmp_path, {"SEED": 2}).trials == []
+    study = search.open_study(tmp_path, {"SEED": 2})
+    study.add_trial(optuna.trial.create_trial(state=TrialState.COMPLETE, value=0.1))
+    assert search.open_study(tmp_path, {"SEED": 2}).trials == []
+
+
+def test_the_winner_is_trained_in_full(tmp_path):
+    """With the report's shares: a warm-up of a twentieth of the steps, down to a twentieth of the learning rate."""
+    found = dict(LEARNING_RATE=0.004, WEIGHT_DECAY=0.3, LATENT_DIM=96, BETAS=(0.8, 0.9), LAYERS="blocks.{1,2}")
+    [python, script, *words] = shlex.split(search.winner_command(SimpleNamespace(params=found), tmp_path / "a b"))
+    values = {name.removeprefix("--").upper(): text for name, text in zip(words[::2], words[1::2])}
+    n_steps = search.FULL_SCHEDULE * search.STEPS
+    wanted = found | dict(STEPS=n_steps, WARMUP_STEPS=n_steps // 20, MIN_LEARNING_RATE=0.0002)
+    wanted["RUN_DIR"] = f"{tmp_path}/a b_full"
+    for name, value in wanted.items():  # a constant that is train_head.py's own goes without saying
+        read = parse_constant(name, values[name], value) if name in values else getattr(train_head, name)
+        assert read == pytest.approx(value) if isinstance(value, float) else read == value, name
+
+
 @pytest.mark.parametrize("constant, value, message", [
     ("WEIGHT_DECAY_RANGE", (0.0, 1.0), "logarithmic"),
     ("CROP_SCALE_RANGE", (0.9, 0.5), "the smaller one first"),
@@ -282,7 +316,7 @@ def test_search_refuses(constant, value, message, tmp_path):
 # ---- the comparison of trunks -------------------------------------------------------------------
 
 
-def test_trunks_are_compared(fitted, tmp_path, capsys):
+def test_trunks_are_compared(fitted, subset, tmp_path, capsys):
     """A table of what can be had; what is finished stays; heads of one trunk differ by their seed alone."""
     other = "vit_tiny_patch16_224.augreg_in21k"
     settings = dict(DATA_DIR=str(fitted), RUN_DIR=str(tmp_path), PRETRAINED=False, IMAGE_SIZE=112, LAYERS="blocks.0",
@@ -306,8 +340,10 @@ def test_trunks_are_compared(fitted, tmp_path, capsys):
     assert (tmp_path / "trunks.csv").read_bytes() == table != alone
     made = [log[0]["made_with"] for log in logs]
     assert {name for name in made[0] if made[0][name] != made[1][name]} == {"SEED"}
-    with pytest.raises(Problem, match="STEPS: 6 there, 7 now"):
-        run(compare_trunks, **settings | dict(STEPS=7), TRUNKS=tiny)
+    others = {"STEPS: 6 there, 7 now": dict(STEPS=7), "data_fingerprint: .* there": dict(DATA_DIR=str(subset))}
+    for message, other in others.items():
+        with pytest.raises(Problem, match=message):
+            run(compare_trunks, **settings | other, TRUNKS=tiny)
 
 
 def test_differences_between_trunks_are_paired():

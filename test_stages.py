@@ -165,6 +165,16 @@ def test_default_passes_of_the_pca_are_enough(fitted):
 # ---- training -----------------------------------------------------------------------------------
 
 
+def test_held_out_pictures_that_somebody_was_trained_on_are_not_scored(fitted, challenge, monkeypatch):
+    """Of the organisers' pictures, too."""
+    monkeypatch.setattr(evaluate, "CHALLENGE_DIR", str(challenge))
+    data = prepare_data.load(fitted)
+    rows = data.test_image[data.test_subject == 0]
+    data = dataclasses.replace(data, trained_nsd_ids=data.nsd_id[rows[:2]])
+    assert evaluate.read_split(data, "challenge", 0)[0].tolist() == rows[2:].tolist()
+    assert not set(rows[:2]) & set(evaluate.all_pictures(data, "challenge"))
+
+
 def test_training_sees_the_training_samples_with_their_targets(phase_1, fitted, subjects):
     """Batches against the files: every sample once an epoch, nothing of the other splits."""
     data = prepare_data.load(fitted)
@@ -178,6 +188,7 @@ def test_training_sees_the_training_samples_with_their_targets(phase_1, fitted, 
     rows = [row_of[s, x.numpy().tobytes()] for s, x in zip(seen["subject"].tolist(), seen["images"])]
     train = np.flatnonzero(data.split == 0)
     assert len(rows) == 8 * 48 > len(train)
+    assert len({tuple(batch["size"].tolist()) for batch in phase_1.batches}) == 8  # every step has crops of its own
     assert sorted(rows[: len(train)]) == train.tolist() and set(rows) == set(train)
     y = np.concatenate([files.common for files in subjects.values()])[rows]
     z = (y - pca.mean.numpy()) @ pca.components.numpy()
