@@ -323,6 +323,14 @@ def draw_figures(data, scored, example, checkpoints):
     return drawn
 
 
+def default_folder(paths, split):
+    """Beside the first of the checkpoints; several, of which most are called alike, go with their folders' names."""
+    names = [path.stem for path in paths]
+    if len(paths) > 1:
+        names = [f"{path.resolve().parent.name}-{path.stem}" for path in paths]
+    return paths[0].parent / f"evaluation_{'_'.join(names)}_{split}"
+
+
 def main():
     check_least(globals(), BATCH_SIZE=1, SEED=0, RESAMPLES=0)
     if SPLIT not in ("val", "test", "challenge"):
@@ -350,10 +358,7 @@ def main():
         ensemble.describe()
         checkpoints = [(*known, encoder) for known, encoder in zip(ensemble.checkpoints, ensemble.encoders)]
         paths = [path for path, _, _ in checkpoints]
-        source, names = ",".join(map(str, paths)), [path.stem for path in paths]
-        if len(paths) > 1:  # most are called alike
-            names = [f"{path.resolve().parent.name}-{path.stem}" for path in paths]
-        folder = paths[0].parent / f"evaluation_{'_'.join(names)}_{split}"
+        source, folder = ",".join(map(str, paths)), default_folder(paths, split)
         predictions = checkpoint_predictor(ensemble, data)
         what |= {"precision": str(ensemble.precision)[6:], "checkpoints": ensemble.record()}
     what["constants"] = constants(globals())

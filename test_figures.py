@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from itertools import product
+from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -257,12 +258,33 @@ def test_the_number_to_report(phase_2, challenge, fitted, subjects, tmp_path, ca
     assert "fewer than 100 pictures, numbers are uncertain (95 % interval): subj01 (4)" in out
     assert "no noise ceiling, no challenge score: subj03" in out
     own = val["scores"]["subject"]
+    all_of = own["all"]
+    shown = [all_of[metric][value] for metric, value in (
+        ("r2", "median"), ("r2", "mean"), ("r", "median"), ("r", "mean"), ("challenge", "mean")
+    )]  # fmt: skip
+    printed = re.search(r"^subject +all +\d+ +\d+ +(\S+) +– +(.*)$", out, re.MULTILINE)
+    assert [printed[1], *printed[2].split()] == [f"{value:.4f}" for value in shown]
+    challenge_score = test["scores"]["subject"]["all"]["challenge"]["mean"]
+    assert f", challenge score {challenge_score:.4f} (–)" in out
+    early = [
+        row["median"] for row in csv.DictReader((tmp_path / "val/scores.csv").open())
+        if [row[k] for k in ("prediction", "subject", "roi", "metric")] == ["subject", "all", "early", "r2"]
+    ]  # fmt: skip
+    printed = re.search(r"^streams early +(.*)$", out, re.MULTILINE)[1].split()
+    assert printed == [f"{float(value):.4f}" for value in early] and len(set(printed)) == 3
     assert own["subj03"]["challenge"]["mean"] is None and own["subj02"]["challenge"]["mean"] > 0
     with np.load(tmp_path / "val/vertices.npz") as found:
         challenge_scores = found["subject_challenge"]
         assert np.isnan(challenge_scores[2]).all() and np.isnan(found["noise_ceiling"][2]).all()
         assert np.nanmean(challenge_scores) == pytest.approx(own["all"]["challenge"]["mean"])
     assert own["all"]["r2"]["median_95"] is None  # of four pictures a subject no interval is given
+
+
+def test_every_checkpoint_and_split_has_a_folder_of_its_own():
+    a, b, c = (Path("runs", name, "head.pt") for name in "abc")
+    assert evaluate.default_folder([a], "val") == Path("runs/a/evaluation_head_val")
+    calls = ([a], "val"), ([a], "test"), ([a, b], "val"), ([a, c], "val"), ([a.with_name("finetuned.pt")], "val")
+    assert len({evaluate.default_folder(*call) for call in calls}) == len(calls)
 
 
 def test_intervals_stand_in_the_scores(evaluation, expected, challenge, subjects, monkeypatch):

@@ -542,7 +542,8 @@ def test_several_checkpoints_are_averaged(finetuned, phase_1, fitted, subset, co
 
 
 def test_trunks_are_shared_that_give_the_same_features():
-    trunks = [Trunk(tiny, layers, image_size=56, pretrained=False) for layers in 2 * ["blocks.0"] + ["blocks.1"]]
+    layers = 2 * ["blocks.{0,2}"] + ["blocks.{1,2}"]
+    trunks = [Trunk(tiny, pattern, image_size=56, pretrained=False) for pattern in layers]
     encoders = [SimpleNamespace(trunk=trunk) for trunk in trunks]
     share_trunks(encoders)
     assert [encoder.trunk is trunks[0] for encoder in encoders] == [True, True, False]

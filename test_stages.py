@@ -436,6 +436,18 @@ def test_scores_are_scikit_learns_and_scipys(submission, challenge, fitted, subj
     assert len(json.loads((tmp_path / "b/scores.json").read_text())["scores"]["group"]) == 9
 
 
+def test_a_submission_with_holes_is_refused(submission, fitted, challenge, tmp_path):
+    shutil.copytree(submission, tmp_path / "submission")
+    path = tmp_path / "submission/subj02/lh_pred_test.npy"
+    prediction = np.load(path)
+    prediction[1, 3] = np.nan
+    np.save(path, prediction)
+    with pytest.raises(Problem, match="1 values are NaN"):
+        run(evaluate, DATA_DIR=str(fitted), CHALLENGE_DIR=str(challenge), SUBMISSION=str(path.parents[1]), DEVICE="cpu",
+            OUTPUT_DIR=str(tmp_path / "scores"))  # fmt: skip
+    assert not (tmp_path / "scores").exists()
+
+
 @torch.no_grad()
 def test_authors_weights(tmp_path, monkeypatch):
     """Their file (README) predicts by their formula: embed on either term, each with its bias."""
