@@ -708,8 +708,7 @@ def plot_curves(log, path, title):
     import matplotlib.pyplot as plt
 
     drawn = curves(log)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
-    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.17, top=0.88, wspace=0.25)  # a layout engine takes longer
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     left.plot(*drawn["train"], label="train")
     left.plot(*drawn["validation"], label="validation")
     left.set(xlabel="step", ylabel="mean squared error")
