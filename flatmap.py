@@ -88,7 +88,6 @@ class FlatMap:
         lines [(n, 2)], widest places [(x, y)])} in pixels, a place for each hemisphere where the area is wide
         enough for a name. Nothing without a group, or where the data have none."""
         from contourpy import contour_generator
-        from scipy.ndimage import distance_transform_edt
 
         if roi_group and roi_group not in prepare_data.roi_groups:
             known = ", ".join(prepare_data.roi_groups)
@@ -102,13 +101,9 @@ class FlatMap:
             area = np.nan_to_num(self.image(labels == label))
             places = []
             for start, half in ((0, area[:, : self.middle]), (self.middle, area[:, self.middle :])):
-                y, x = np.nonzero(half > 0.5)
-                if len(y):
-                    top, left = max(y.min() - 1, 0), max(x.min() - 1, 0)  # a frame of the outside is as good as all
-                    depth = distance_transform_edt(half[top : y.max() + 2, left : x.max() + 2] > 0.5)
-                    if depth.max() * mm_per_pixel > smallest_named:
-                        y, x = np.unravel_index(depth.argmax(), depth.shape)
-                        places.append((start + left + x, top + y))
+                depth, x, y = widest_place(half > 0.5)
+                if depth * mm_per_pixel > smallest_named:
+                    places.append((start + x, y))
             found[roi_group, name] = contour_generator(z=area).lines(0.5), places
         return found
 
@@ -133,6 +128,19 @@ class FlatMap:
             axes.text(x, height, side, ha=align, va="bottom", fontsize=9)
         axes.set_axis_off()
         return shown
+
+
+def widest_place(area):
+    """Where in area (height, width) bool the outside is farthest -> that distance (0: no area), x, y; in pixels."""
+    from scipy.ndimage import distance_transform_edt
+
+    y, x = np.nonzero(area)
+    if not len(y):
+        return 0, 0, 0
+    top, left = max(y.min() - 1, 0), max(x.min() - 1, 0)  # a frame of the outside is as good as all of it
+    depth = distance_transform_edt(area[top : y.max() + 2, left : x.max() + 2])
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return depth[y, x], left + x, top + y
 
 
 def flat_surface(space, folder):

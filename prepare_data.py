@@ -683,7 +683,7 @@ def sample_fingerprint(path, n_blocks=256, n_bytes=1 << 16):
         n_blocks, n_bytes = 1, size
     with open(path, "rb") as file:
         parts = []
-        for start in np.unique(np.linspace(0, max(0, size - n_bytes), n_blocks).astype(np.int64)):
+        for start in np.linspace(0, size - n_bytes, n_blocks).astype(np.int64):
             file.seek(start)
             parts.append(file.read(n_bytes))
     return fingerprint(size, *parts)

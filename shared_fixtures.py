@@ -137,6 +137,7 @@ def another_process(folder):
     try:
         while not process.outputs[0].read():
             assert exit_code(process) is None
+            time.sleep(0.02)
         yield process
     finally:
         os.kill(process.pid, signal.SIGKILL)

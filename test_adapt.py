@@ -22,10 +22,10 @@ import prepare_data
 import ridge
 from checkpoint import check_scorable, load_checkpoint, save_checkpoint, trained_pictures
 from common import Problem
-from shared_fixtures import hemis, r2_of_vertices, run
 from ensemble import load_for
 from model import of_features
 from pictures import read_picture
+from shared_fixtures import hemis, r2_of_vertices, run
 
 # ---- the closed form ----------------------------------------------------------------------------
 
@@ -340,7 +340,7 @@ def test_later_stages_take_the_adapted_checkpoint(adapted, person, fitted, chall
     y = prepared.read_activity(scored)[:, np.concatenate(known)]
     found = json.loads((tmp_path / "scores/scores.json").read_text())
     assert found["n_images"] == {"subj09": len(scored)} and len(scored) < len(prepared.samples("val"))
-    known_to = load_for(prepared, [tmp_path / path], "cpu", "float32", "")[1].trained_nsd_ids
+    known_to = load_for(prepared, [adapted / "adapted.pt"], "cpu", "float32", "")[1].trained_nsd_ids
     assert set(known_to) == set(trained_pictures(made, ["subj09"])[0]) and len(known_to)
     median = found["scores"]["subject"]["subj09"]["r2"]["median"]
     assert median == pytest.approx(np.median(r2_of_vertices(y.astype(float), prediction)), abs=1e-4)
@@ -394,7 +394,7 @@ def test_adapting_again(adapted, person, fitted, tmp_path, capsys):
     run(adapt, **values)
     encoder, space, made = load_checkpoint(tmp_path / "more/adapted.pt")
     first = load_checkpoint(adapted / "adapted.pt")[2]["added_nsd_ids"]["subj09"]
-    assert len(first) and torch.equal(torch.as_tensor(made["added_nsd_ids"]["subj09"]), torch.as_tensor(first))
+    assert len(first) and torch.equal(made["added_nsd_ids"]["subj09"], first)
     assert space.subjects[8:] == ["subj09", "Zo-1"] and made["made_with"]["adapted"][1]["n_pictures"] == len(
         list((person / "subj09/training_split/training_images").iterdir())
     )

@@ -258,10 +258,8 @@ def test_the_number_to_report(phase_2, challenge, fitted, subjects, tmp_path, ca
     assert "fewer than 100 pictures, numbers are uncertain (95 % interval): subj01 (4)" in out
     assert "no noise ceiling, no challenge score: subj03" in out
     own = val["scores"]["subject"]
-    all_of = own["all"]
-    shown = [all_of[metric][value] for metric, value in (
-        ("r2", "median"), ("r2", "mean"), ("r", "median"), ("r", "mean"), ("challenge", "mean")
-    )]  # fmt: skip
+    order = ("r2", "median"), ("r2", "mean"), ("r", "median"), ("r", "mean"), ("challenge", "mean")
+    shown = [own["all"][metric][value] for metric, value in order]
     printed = re.search(r"^subject +all +\d+ +\d+ +(\S+) +– +(.*)$", out, re.MULTILINE)
     assert [printed[1], *printed[2].split()] == [f"{value:.4f}" for value in shown]
     challenge_score = test["scores"]["subject"]["all"]["challenge"]["mean"]

@@ -26,9 +26,9 @@ import prepare_data
 import train_head
 import training
 from common import Problem, constants, run_script
-from shared_fixtures import here, plain_input, r2_of_vertices, run
 from model import Crops, Encoder, Head
 from scores import median_r2, r2_score
+from shared_fixtures import here, plain_input, r2_of_vertices, run
 
 
 # ---- head ---------------------------------------------------------------------------------------

@@ -27,13 +27,13 @@ import results
 import train_head
 from checkpoint import load_checkpoint, save_checkpoint
 from common import Problem
+from ensemble import choose_checkpoint, share_trunks
+from model import Trunk
+from pictures import find_pictures, look_at, to_picture
 from shared_fixtures import (
     assert_equal, both, cut, finish, here, hemis, on_command_line, plain_input, png_claiming, run, small, start,
     tiny,
 )  # fmt: skip
-from ensemble import choose_checkpoint, share_trunks
-from model import Trunk
-from pictures import find_pictures, look_at, to_picture
 
 
 # ---- an independent prediction ------------------------------------------------------------------

@@ -8,8 +8,8 @@ from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.preprocessing import StandardScaler
 
 import ridge
-from shared_fixtures import block_outputs, plain_input, tiny
 from model import Trunk, of_features
+from shared_fixtures import block_outputs, plain_input, tiny
 
 
 @pytest.mark.parametrize("n, n_features", [(30, 80), (90, 40)])

@@ -8,8 +8,8 @@ import scipy.stats
 import torch
 
 import scores
-from shared_fixtures import r2_of_vertices
 from model import Space
+from shared_fixtures import r2_of_vertices
 
 
 def random_scores(seed=0, n_images=(12, 9), n_vertices=23):

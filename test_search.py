@@ -23,8 +23,8 @@ import train_head
 import training
 from checkpoint import load_checkpoint
 from common import Problem, constants, parse_constant
-from shared_fixtures import another_process, assert_equal, both, finish, on_command_line, run, small, start, tiny
 from model import Trunk
+from shared_fixtures import another_process, assert_equal, both, finish, on_command_line, run, small, start, tiny
 
 
 def train_together(settings, run_dir):

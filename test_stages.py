@@ -27,10 +27,10 @@ import prepare_data
 import train_head
 from checkpoint import load_checkpoint, save_checkpoint
 from common import Problem
+from model import Crops
 from shared_fixtures import (
     assert_equal, beit_attention, block_outputs, both, hemis, plain_input, r2_of_vertices, run, small, trained,
 )  # fmt: skip
-from model import Crops
 
 
 def open_resized(path):

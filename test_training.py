@@ -17,8 +17,8 @@ import train_head
 import training
 from checkpoint import read_checkpoint
 from common import Problem, constants, run_script
-from shared_fixtures import assert_equal, both, finish, here, on_command_line, run, small, start
 from model import Encoder, Head, dropout_mask
+from shared_fixtures import assert_equal, both, finish, here, on_command_line, run, small, start
 from test_model import Patches
 
 cpu = torch.device("cpu")
@@ -301,9 +301,10 @@ runpy.run_path({here!r} + "/finetune.py", run_name="__main__")
 """
 
 
-def torchrun(n, script, *arguments, **options):
+def torchrun(n, script, *arguments):
+    """The ended process; nothing may hang."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), script, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here, **options)
+    return subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=150)
 
 
 def forked(n, script, *arguments):
@@ -313,16 +314,6 @@ def forked(n, script, *arguments):
     ranks = [shared | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(n)]
     started = [start(script, *arguments, before=f"import os; os.environ |= {own}") for own in ranks]
     return [finish(process, 100) for process in started]
-
-
-def ended(process, seconds=150):
-    """-> (exit code, output, errors); nothing may hang."""
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(f"still running after {seconds} s: {process.communicate()[1][-2000:]}")
-    return process.returncode, out, err
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):
@@ -372,8 +363,8 @@ def test_both_phases_in_many_processes(fitted, tmp_path, monkeypatch):
     assert codes == (0, 0, 0) and "".join(outs).count("continuing after step 3 of 6") == 1, errs
     trap = tmp_path / "finetune.py"  # its second process dies in the fourth step
     trap.write_text(dies_in_the_fourth_step.format(here=str(here)))
-    code, _, err = ended(torchrun(2, trap, *folder, *on_command_line(second)))
-    assert code == 1 and err.count("error: another process ended") == 1
+    ended = torchrun(2, trap, *folder, *on_command_line(second))
+    assert ended.returncode == 1 and ended.stderr.count("error: another process ended") == 1
     [state] = torch.load(tmp_path / "many/finetune.state.pt")["learners"]
     assert state["progress"]["step"] == 2
     run(finetune, **second, RUN_DIR=str(tmp_path / "many"))

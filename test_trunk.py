@@ -18,8 +18,8 @@ import train_head
 import training
 from checkpoint import load_checkpoint, save_checkpoint
 from common import Problem, constants
-from shared_fixtures import beit_attention, block_outputs, tiny
 from model import Encoder, Head, Space, Trunk
+from shared_fixtures import beit_attention, block_outputs, tiny
 
 
 @pytest.fixture
