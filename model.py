@@ -63,12 +63,10 @@ class Trunk(nn.Module):
     def forward(self, images):
         """images (n, 3, image_size, image_size), normalised -> per layer (n, n_tokens, n_channels)."""
         features = self.vit.forward_intermediates(
-            images, indices=self.layers, return_prefix_tokens=True, norm=False, output_fmt="NLC",
+            images, indices=self.layers, return_prefix_tokens=self.n_prefix > 0, norm=False, output_fmt="NLC",
             intermediates_only=True,
         )  # fmt: skip
-        if not self.n_prefix:
-            return [x[0] if isinstance(x, tuple) else x for x in features]
-        return [torch.cat([prefix, patches], 1) for patches, prefix in features]
+        return [torch.cat([x[1], x[0]], 1) if self.n_prefix else x for x in features]
 
     def attention_parameters(self):
         """Names of the q, k, v and output projections of all blocks kept, which phase 2 trains.

@@ -9,6 +9,7 @@ import prepare_data
 from core.checkpoint import load_checkpoint
 from core.space import Space
 from model import UserError
+from tests.conftest import run_stage
 from tools import import_authors
 
 N_VERTICES, N_COMPONENTS, LATENT_DIM, WIDTH = 9, 4, 5, 24
@@ -30,9 +31,8 @@ def narrow_trunk(monkeypatch):
 def write_data(folder, splits, subjects=SUBJECTS, n_vertices=N_VERTICES):
     """Prepared data of ten pictures that every subject saw."""
     n = 10 * len(subjects)
-    space = Space(
-        list(subjects), torch.arange(n_vertices), 4, torch.ones(len(subjects), n_vertices, dtype=torch.bool), {}
-    )
+    mask = torch.ones(len(subjects), n_vertices, dtype=torch.bool)
+    space = Space(list(subjects), torch.arange(n_vertices), 4, mask, {})
     samples = {
         "subject": np.repeat(np.arange(len(subjects)), 10), "image": np.tile(np.arange(10), len(subjects)),
         "split": np.tile([0] * 8 + [1, 2], len(subjects)), "test_subject": [], "test_image": [],
@@ -67,11 +67,9 @@ def write_weights(path, phase):
     return weights, trunk
 
 
-def convert(monkeypatch, tmp_path, data_dir, weights="theirs.pt", checkpoint="head.pt"):
+def convert(tmp_path, data_dir, weights="theirs.pt", checkpoint="head.pt"):
     settings = dict(WEIGHTS=str(tmp_path / weights), DATA_DIR=str(data_dir), CHECKPOINT=str(tmp_path / checkpoint))
-    for name, value in settings.items():
-        monkeypatch.setattr(import_authors, name, value)
-    import_authors.main()
+    run_stage(import_authors, **settings)
     return tmp_path / checkpoint
 
 
@@ -104,25 +102,26 @@ def plain_prediction(weights, trunk, images):
 
 
 @pytest.mark.parametrize("phase", [1, 2])
-def test_converted_weights_predict_as_the_authors_code(phase, tmp_path, monkeypatch):
+def test_converted_weights_predict_as_the_authors_code(phase, tmp_path):
     weights, trunk = write_weights(tmp_path / "theirs.pt", phase)
     data_dir = write_data(tmp_path / "data", "authors")
-    path = convert(monkeypatch, tmp_path, data_dir)
+    path = convert(tmp_path, data_dir)
     encoder, space, made = load_checkpoint(path)
     images = torch.randn(2, 3, 224, 224)
     subjects, group = plain_prediction(weights, trunk, images)
     with torch.no_grad():
-        torch.testing.assert_close(encoder.head.decode(encoder(images, torch.tensor([0, 1]))), subjects, rtol=1e-4, atol=1e-4)
+        z = encoder(images, torch.tensor([0, 1]))
+        torch.testing.assert_close(encoder.head.decode(z), subjects, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(encoder.head.decode(encoder(images)), group, rtol=1e-4, atol=1e-4)
     data = prepare_data.load(data_dir)
     assert made["made_with"]["data_fingerprint"] == data.fingerprint and made["finished"] and made["step"] == 3
     assert made["train_nsd_ids"].tolist() == list(range(100, 108))
     assert space.subjects == SUBJECTS
     with pytest.raises(UserError, match="exists"):
-        convert(monkeypatch, tmp_path, data_dir)
+        convert(tmp_path, data_dir)
 
 
-def test_refusals(tmp_path, monkeypatch):
+def test_refusals(tmp_path):
     """Other splits, other people, other vertices; a trunk that lacks weights, and a file that is not theirs."""
     _, trunk = write_weights(tmp_path / "theirs.pt", 2)
     data_dir = write_data(tmp_path / "data", "authors")
@@ -132,13 +131,13 @@ def test_refusals(tmp_path, monkeypatch):
         "predicts 9 vertices": write_data(tmp_path / "other_vertices", "authors", n_vertices=8),
     }.items():
         with pytest.raises(UserError, match=message):
-            convert(monkeypatch, tmp_path, folder)
+            convert(tmp_path, folder)
     content = torch.load(tmp_path / "theirs.pt", weights_only=False)
     partial = {name: value for name, value in trunk.items() if name != "blocks.4.norm1.weight"}
     torch.save(content | {"trunk": partial}, tmp_path / "partial.pt")
     with pytest.raises(UserError, match="without blocks.4.norm1.weight"):  # never a random one
-        convert(monkeypatch, tmp_path, data_dir, "partial.pt")
+        convert(tmp_path, data_dir, "partial.pt")
     torch.save({"weight": torch.zeros(3), "bias": torch.zeros(3)}, tmp_path / "pca.pt")
     with pytest.raises(UserError, match="not a phase 1 or phase 2 file"):
-        convert(monkeypatch, tmp_path, data_dir, "pca.pt")
+        convert(tmp_path, data_dir, "pca.pt")
     assert not (tmp_path / "head.pt").exists()

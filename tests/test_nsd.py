@@ -1,14 +1,12 @@
-"""Raw NSD -> challenge folder, NSD-Flat in and out, NSD-synthetic. A small release is simulated in the released
-formats; the scripts' results are compared with an independent derivation, trial by trial and vertex by vertex."""
+"""Raw NSD -> challenge folder, NSD-Flat in and out, NSD-synthetic: results on a small simulated release are compared
+with an independent derivation, trial by trial and vertex by vertex."""
 
 import csv
 import io
-import json
 import math
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -21,23 +19,15 @@ import pyarrow.parquet
 import pytest
 import scipy.io
 from PIL import Image
-from sklearn.preprocessing import StandardScaler
 
 import prepare_data
 from core.space import HEMIS, N_FSAVERAGE, ROI_GROUPS
 from model import UserError
 from nsd import coco, export_flat, prepare_flat, prepare_nsd, prepare_synthetic
+from tests.simulated_nsd import ACQUIRED, BETAS, BRICK, DESIGN, INFO, N_SESSIONS, N_TRIALS
+from tests.simulated_nsd import simulate, write_bricks, write_mgh
 
-N_NATIVE, N_STIMULI = 700, 73000
-N_PICTURES, N_SHARED = 30, 12  # that a simulated subject was to see, three times each
-N_TRIALS = 12  # in a session
-ACQUIRED = {1: 6, 3: 5}  # sessions of subj01 and subj03; 90 trials were planned
-N_SESSIONS = (6, 40, 5, 30, 40, 32, 40, 30)
 FINISHED = {1: True, 3: False}  # whether a subject saw every shared picture three times
-BETAS = "nsddata_betas/ppdata/subj{:02d}/fsaverage/betas_fithrf_GLMdenoise_RR"
-DESIGN = "nsddata/experiments/nsd/nsd_expdesign.mat"
-BRICK = "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5"
-INFO = "nsddata/experiments/nsd/nsd_stim_info_merged.csv"
 LEVEL = 5 / 255  # of the activity in NSD-Flat
 
 
@@ -49,166 +39,6 @@ def run(script, **constants):
         script.main()
 
 
-# ---- simulated raw NSD --------------------------------------------------------------------------
-
-
-def write_mgh(path, values, n_trials=N_TRIALS):
-    """values {fsaverage vertex: (n_trials,)}, zero elsewhere; float32 MGH with a footer."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:
-        file.write(struct.pack(">7i", 1, N_FSAVERAGE, 1, 1, n_trials, 3, 0).ljust(284, b"\0"))
-        file.truncate(284 + 4 * N_FSAVERAGE * n_trials + 20)  # holes: zeros that take no disk
-    mapped = np.memmap(path, ">f4", "r+", offset=284, shape=(n_trials, N_FSAVERAGE))
-    for vertex, series in values.items():
-        mapped[:, vertex] = series
-
-
-def write_surface(path, values):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.MGHImage(values.reshape(-1, 1, 1), np.eye(4)), path)
-
-
-def simulate_design(root, rng):
-    """-> nsd ids (8, n_pictures) and the columns (90,) that the planned trials show, all from 0."""
-    ids = rng.permutation(N_STIMULI)
-    own = ids[N_SHARED:][: 8 * (N_PICTURES - N_SHARED)].reshape(8, -1)
-    subjectim = np.concatenate([np.tile(ids[:N_SHARED], (8, 1)), own], axis=1)
-    order = rng.permutation(np.repeat(np.arange(N_PICTURES), 3))
-    late = np.arange(3 * N_TRIALS, 5 * N_TRIALS)  # in the last three sessions of both subjects
-    free = {"late": rng.permutation(late).tolist(), "never": rng.permutation(np.arange(6 * N_TRIALS, 90)).tolist()}
-    # shared with all showings there, shared with two, own pictures with two, with one and never shown
-    for picture, n_late in ((2, 3), (5, 2), (N_SHARED, 2), (N_SHARED + 1, 1), (N_SHARED + 2, 0)):
-        for i, spot in enumerate(np.flatnonzero(order == picture)):
-            target = free["late" if i < n_late else "never"].pop()
-            order[[spot, target]] = order[[target, spot]]
-    (root / DESIGN).parent.mkdir(parents=True)
-    design = {"masterordering": order[None] + 1.0, "subjectim": subjectim + 1.0, "sharedix": ids[None, :N_SHARED] + 1.0}
-    scipy.io.savemat(root / DESIGN, design)
-    return subjectim, order
-
-
-def write_bricks(path, n, shape, rows, rng):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        brick = file.create_dataset("imgBrick", (n, *shape, 3), np.uint8, chunks=(1, *shape, 3))
-        for i in rows:
-            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-            brick[i] = np.asarray(coarse.resize(shape[::-1], Image.Resampling.NEAREST))
-
-
-def simulate_masks(root, rsc, rng):
-    """nsdgeneral with -1 and 0 outside, and a disjoint retrosplenial mask -> {hemi: vertices of both}."""
-    masks = {}
-    for hemi, n in (("lh", 40), ("rh", 32)):
-        chosen = rng.choice(10242, n + 6, replace=False)
-        general = rng.choice([-1.0, 0.0], N_FSAVERAGE).astype(np.float32)
-        general[chosen[:n]] = 1
-        write_surface(root / f"nsddata/freesurfer/fsaverage/label/{hemi}.nsdgeneral.mgz", general)
-        extra = np.isin(np.arange(N_FSAVERAGE), chosen[n:]).astype(np.float32)
-        write_surface(rsc / f"{hemi}.nsdgeneralRSC.mgz", extra)
-        masks[hemi] = np.sort(chosen)
-    return masks
-
-
-def simulate_subject(root, number, masks, rng):
-    """Betas, ceilings, labels and transforms. One vertex is NaN in one trial, two in every trial, one is constant in a
-    session, one always; outside the mask are other numbers."""
-    for hemi, vertices in masks.items():
-        outside = rng.choice(np.setdiff1d(np.arange(N_FSAVERAGE), vertices), 30, replace=False)
-        gain, level = rng.uniform(0.5, 4, len(vertices)), rng.normal(0, 30, len(vertices))
-        for session in range(1, ACQUIRED[number] + 1):
-            series = level + rng.normal(0, 3) + gain * rng.standard_normal((N_TRIALS, len(vertices)))
-            series[:, 5] = 1 / 3
-            if session == 2:
-                series[:, 7] = 0.1
-            if session == ACQUIRED[number] and (number, hemi) == (3, "rh"):
-                series[N_TRIALS - 1, 9] = np.nan
-            if (number, hemi) == (3, "lh"):
-                series[:, [0, 20]] = np.nan
-            values = dict(zip(vertices, series.T)) | dict.fromkeys(outside, np.full(N_TRIALS, 1e6))
-            write_mgh(root / BETAS.format(number) / f"{hemi}.betas_session{session:02d}.mgh", values)
-        ncsnr = rng.uniform(0, 2, N_FSAVERAGE).astype(np.float32)
-        ncsnr[vertices[3]] = 0
-        write_surface(root / BETAS.format(number) / f"{hemi}.ncsnr.mgh", ncsnr)
-        native = rng.integers(1, N_NATIVE + 1, N_FSAVERAGE).astype(np.int32)
-        native[vertices[:2]] = 1, N_NATIVE  # the first and the last vertex of the subject's surface
-        write_surface(root / f"nsddata/ppdata/subj{number:02d}/transforms/{hemi}.white-to-fsaverage.mgz", native)
-        for group in ROI_GROUPS:
-            labels = rng.integers(0, 4, N_NATIVE).astype(np.float32 if group == "streams" else np.int32)
-            write_surface(root / f"nsddata/freesurfer/subj{number:02d}/label/{hemi}.{group}.mgz", labels)
-    for group in ROI_GROUPS:
-        text = f"0 Unknown\n1 {group}-a\n2 {group}-b\n3 {group}-c\n"
-        (root / f"nsddata/freesurfer/subj{number:02d}/label/{group}.mgz.ctab").write_text(text)
-
-
-def simulate_info(root, subjectim, order):
-    """The csv of 41 columns, planned trials that were never acquired included."""
-    names = ["", "cocoId", "cocoSplit", "cropBox", "loss", "nsdId", "flagged", "BOLD5000", "shared1000"]
-    names += [f"subject{s}" for s in range(1, 9)] + [f"subject{s}_rep{r}" for s in range(1, 9) for r in range(3)]
-    shared = set(subjectim[0, :N_SHARED].tolist())
-    columns = [{i: c for c, i in enumerate(row)} for row in subjectim.tolist()]
-    with open(root / INFO, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        for i in range(N_STIMULI):
-            crop = (0, 0, 0.125, 0.125) if i % 2 else (0.1, 0.15, 0, 0)  # wide and tall pictures
-            row = [i, 1000 + i, "train2017" if i % 5 else "val2017", crop, 0.0, i, i % 7 == 0, i % 3 == 0, i in shared]
-            row += [int(i in column) for column in columns]
-            for column in columns:
-                row += [*(1 + np.flatnonzero(order == column[i]))] if i in column else [0, 0, 0]
-            writer.writerow(row)
-
-
-def simulate_coco(folder, nsd_ids, rng):
-    folder.mkdir()
-    categories = [
-        {"id": 1, "name": "person", "supercategory": "person"}, {"id": 88, "name": "bear", "supercategory": "toy"},
-    ]  # fmt: skip
-    for split, is_val in (("train2017", False), ("val2017", True)):
-        images, instances, captions = [], [], []
-        for i in [i for i in nsd_ids if (i % 5 == 0) == is_val]:
-            height, width = (480, 640) if i % 2 else (640, 480)
-            images.append({"id": 1000 + i, "height": height, "width": width})
-            for k in range(i % 4):
-                x, y = rng.uniform(0, width - 60), rng.uniform(0, height - 60)
-                outline = [[x, y, x + 50, y + 3, x + 44, y + 51, x + 7, y + 40]]
-                if k == 1:  # two parts, the first where nothing was shown
-                    outline = [[1, 1, 9, 1, 9, 9], *outline]
-                if k == 2:
-                    runs = [height * 200 + 30, 100] + [height - 100, 100] * 90
-                    outline = {"size": [height, width], "counts": [*runs, height * width - sum(runs)]}
-                instances.append(dict(id=k, image_id=1000 + i, category_id=(1, 88)[k % 2], iscrowd=int(k == 2), area=1.0,
-                                      bbox=[x, y, 50, 51], segmentation=outline))  # fmt: skip
-            captions += [dict(id=k, image_id=1000 + i, caption=f"{k} of {1000 + i}") for k in range(5)]
-        content = dict(images=images, annotations=instances, categories=categories)
-        (folder / f"instances_{split}.json").write_text(json.dumps(content))
-        (folder / f"captions_{split}.json").write_text(json.dumps(dict(images=images, annotations=captions)))
-
-
-def simulate_surface(folder, masks, rng):
-    """Flat hemispheres as GIFTI; the masks' vertices crowd within 8 x 8 mm."""
-    folder.mkdir()
-    for hemi, vertices in masks.items():
-        places = rng.uniform((-60, -110, 0), (35, 90, 0), (N_FSAVERAGE, 3)).astype(np.float32)
-        places[vertices, :2] = rng.uniform((0, -20), (8, -12), (len(vertices), 2))
-        arrays = [nibabel.gifti.GiftiDataArray(places, intent="NIFTI_INTENT_POINTSET"),
-                  nibabel.gifti.GiftiDataArray(np.array([[0, 1, 2]], np.int32), intent="NIFTI_INTENT_TRIANGLE")]  # fmt: skip
-        nibabel.save(nibabel.gifti.GiftiImage(darrays=arrays), folder / f"flat_{hemi}.gii")
-
-
-def simulate(folder):
-    rng, root = np.random.default_rng(0), folder / "nsd"
-    subjectim, order = simulate_design(root, rng)
-    shown = np.unique(subjectim[[0, 2]]).tolist()
-    write_bricks(root / BRICK, N_STIMULI, (425, 425), shown, rng)
-    masks = simulate_masks(root, folder / "rsc", rng)
-    for number in ACQUIRED:
-        simulate_subject(root, number, masks, rng)
-    simulate_info(root, subjectim, order)
-    simulate_coco(folder / "coco", shown, rng)
-    simulate_surface(folder / "surface", masks, rng)
-
-
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     folder = tmp_path_factory.mktemp("release")
@@ -217,7 +47,8 @@ def release(tmp_path_factory):
 
 
 def settings(release, **values):
-    return dict(NSD_DIR=release / "nsd", RSC_DIR=release / "rsc", N_SESSIONS=N_SESSIONS, TRIALS_PER_SESSION=N_TRIALS) | values
+    inputs = dict(NSD_DIR=release / "nsd", RSC_DIR=release / "rsc")
+    return inputs | dict(N_SESSIONS=N_SESSIONS, TRIALS_PER_SESSION=N_TRIALS) | values
 
 
 # ---- an independent derivation ------------------------------------------------------------------
@@ -322,27 +153,305 @@ def test_challenge_folder_is_the_derivation(number, release, challenge):
 
 def test_simulation_has_the_special_cases(release):
     """The comparison above is worth as much as what occurs in it."""
-    design = scipy.io.loadmat(release / "nsd" / DESIGN)
-    shared = set((design["sharedix"][0] - 1).tolist())
+    shared = set((scipy.io.loadmat(release / "nsd" / DESIGN)["sharedix"][0] - 1).tolist())
     for number in ACQUIRED:
         ids, held, z, vertices = plain_trials(release, number)
         training, test = plain_pictures(release, number, ids, held)
         late = [i for i, h in zip(ids, held) if h]
-        assert set(training) & set(late)  # pictures across the boundary
-        assert set(late) - set(training) - set(test)  # shared ones that are left out
-        assert {late.count(i) for i in test} >= {1, 2}
+        assert set(training) & set(late) and {late.count(i) for i in test} >= {1, 2}
+        assert set(late) - set(training) - set(test)  # shared pictures that are left out
         assert bool(shared & set(test)) == FINISHED[number] and any(late.count(i) == 3 for i in shared - set(training))
         assert [len(v) for v in vertices.values()] == ([46, 38] if number == 1 else [44, 37])
-    path = release / "nsd" / BETAS.format(1) / "lh.betas_session02.mgh"
-    betas = nibabel.load(path).get_fdata()[vertices["lh"], 0, 0].T  # the organisers' scaler
-    expected, result = StandardScaler().fit_transform(betas), betas.astype(np.float32)
-    prepare_nsd.zscore(result)
-    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6)
-    assert (result == 0).all(0).sum() == 2
+        assert [(y == 0).all(0).sum() for y in z.values()] == [1, 1]  # constant over all sessions
 
 
-def test_prepare_data_reads_the_folder(challenge, tmp_path):
-    run(prepare_data, CHALLENGE_DIR=challenge, DATA_DIR=tmp_path)
-    space = prepare_data.load(tmp_path).space
-    assert space.subjects == ["subj01", "subj03"] and space.mask.sum(1).tolist() == [84, 81]
-    assert set(space.rois) == set(ROI_GROUPS)
+DIES = """import os, runpy, signal, sys
+from PIL import Image
+calls, save = [], Image.Image.save
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+Image.Image.save = lambda *a: calls.append(1) or (save(*a) if len(calls) < {n} else die())
+runpy.run_module("nsd.prepare_nsd", run_name="__main__", alter_sys=True)"""
+
+
+def contents(folder):
+    """{path: bytes} of the subjects in a challenge folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("subj*/**/*") if p.is_file()}
+
+
+def test_killed_run_continues_with_the_next_subject(release, challenge, tmp_path):
+    values = settings(release, CHALLENGE_DIR=tmp_path)
+    words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in values.items()}
+    options = [part for name, text in words.items() for part in (f"--{name.lower()}", text)]
+    n_first = len(list(challenge.glob("subj01/*/*_images/*")))
+    command = [sys.executable, "-c", DIES.format(n=n_first + 3), *options]
+    killed = subprocess.run(command, cwd=Path(prepare_data.__file__).parent, stderr=subprocess.PIPE, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    dates = {p: p.stat().st_mtime_ns for p in tmp_path.glob("subj01/**/*")}
+    run(prepare_nsd, **values)
+    assert dates == {p: p.stat().st_mtime_ns for p in tmp_path.glob("subj01/**/*")}
+    assert contents(tmp_path) == contents(challenge) and sorted(os.listdir(tmp_path)) == ["subj01", "subj03"]
+
+
+def linked_copy(release, folder):
+    """The raw release to be damaged: links to the files, folders of its own."""
+    shutil.copytree(release / "nsd", folder, copy_function=os.link)
+    return folder
+
+
+def test_every_missing_file_is_listed(release, tmp_path):
+    root = linked_copy(release, tmp_path / "nsd")
+    gone = [f"{BETAS.format(1)}/lh.betas_session06.mgh", f"{BETAS.format(3)}/rh.ncsnr.mgh", BRICK, DESIGN]
+    gone += ["nsddata/freesurfer/subj03/label/lh.floc-faces.mgz", "nsddata/freesurfer/subj01/label/streams.mgz.ctab"]
+    for path in gone:
+        (root / path).unlink()
+    with pytest.raises(UserError) as error:
+        run(prepare_nsd, **settings(release, CHALLENGE_DIR=tmp_path / "challenge", NSD_DIR=root))
+    listed = [line[2:] for line in str(error.value).splitlines() if line.startswith("  ")]
+    assert sorted(listed) == sorted(f"s3://natural-scenes-dataset/{path}" for path in gone)
+
+
+def truncate(path):
+    content = path.read_bytes()[:-1000]
+    path.unlink()  # a link to the others' file
+    path.write_bytes(content)
+
+
+def drop_trial(path):
+    path.unlink()
+    write_mgh(path, {0: np.ones(N_TRIALS - 1)}, N_TRIALS - 1)
+
+
+def count_from_0(path):
+    design = scipy.io.loadmat(path)
+    path.unlink()
+    scipy.io.savemat(path, {name: values - 1 for name, values in design.items() if name[0] != "_"})
+
+
+@pytest.mark.parametrize("damage", [truncate, drop_trial, count_from_0])
+def test_inputs_that_shift_pictures_are_refused(damage, release, tmp_path):
+    root = linked_copy(release, tmp_path / "nsd")
+    damage(root / (DESIGN if damage is count_from_0 else f"{BETAS.format(1)}/rh.betas_session02.mgh"))
+    with pytest.raises(UserError):
+        run(prepare_nsd, **settings(release, CHALLENGE_DIR=tmp_path / "challenge", NSD_DIR=root, SUBJECTS="subj01"))
+    assert not list(tmp_path.glob("challenge/subj*"))
+
+
+def test_folders_are_neither_mixed_nor_lost(release, challenge, tmp_path):
+    values, before = settings(release, CHALLENGE_DIR=tmp_path / "challenge"), contents(challenge)
+    shutil.copytree(challenge, tmp_path / "challenge")
+    for changes in (dict(N_SESSIONS=(5, 40, 5)), dict(RSC_DIR="")):
+        with pytest.raises(UserError, match="was made with"):
+            run(prepare_nsd, **values | changes)
+    run(prepare_nsd, **values | dict(NSD_DIR=tmp_path / "deleted", SUBJECTS="subj01,subj03"))  # raw files may be gone
+    run(prepare_nsd, **values | dict(OVERWRITE=True, SUBJECTS="subj01"))
+    assert contents(tmp_path / "challenge") == before
+    (tmp_path / "challenge/subj01/prepare_nsd.json").unlink()  # like the challenge's download
+    for overwrite in (False, True):
+        with pytest.raises(UserError):
+            run(prepare_nsd, **values | dict(OVERWRITE=overwrite))
+    assert contents(tmp_path / "challenge") == {k: v for k, v in before.items() if k != "subj01/prepare_nsd.json"}
+
+
+# ---- NSD-Flat -----------------------------------------------------------------------------------
+
+
+def export(release, folder, **values):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_flat, "ROWS_A_SHARD", 20)
+        patch.setattr(export_flat, "ROWS_A_GROUP", 7)
+        inputs = dict(COCO_DIR=release / "coco", SURFACE_DIR=release / "surface")
+        run(export_flat, **settings(release, FLAT_DIR=folder, **inputs | values))
+
+
+@pytest.fixture(scope="module")
+def flat(release):
+    export(release, release / "flat")
+    return release / "flat"
+
+
+def read_table(folder, split):
+    return pyarrow.concat_tables(map(pyarrow.parquet.read_table, sorted(folder.glob(f"data/{split}-*"))))
+
+
+def read_png(content):
+    return np.asarray(Image.open(io.BytesIO(content["bytes"])))
+
+
+def plain_maps(release, number):
+    """[nsd id], [in the last three sessions], maps (n_trials, 215, 200), NaN outside, pixel by pixel."""
+    ids, held, z, vertices = plain_trials(release, number)
+    sigma, points = 1 / (2 * math.sqrt(2 * math.log(2))), []
+    for hemi in HEMIS:
+        places = nibabel.load(release / f"surface/flat_{hemi}.gii").darrays[0].data[:, :2].astype(float)
+        places[:, 0] += -2 - places[:, 0].max() if hemi == "lh" else 2 - places[:, 0].min()
+        points += [(*places[v], z[hemi][:, k]) for k, v in enumerate(vertices[hemi])]
+    maps = np.full((len(ids), 215, 200), np.nan)
+    for row, column in np.ndindex(215, 200):
+        px, py = -100 + column + 0.5, 95 - row - 0.5
+        near = [((x - px) ** 2 + (y - py) ** 2, s) for x, y, s in points if abs(x - px) < 2 and abs(y - py) < 2]
+        near = [(math.exp(-d / sigma**2 / 2), series) for d, series in near if d <= (3 * sigma) ** 2]
+        if near:
+            maps[:, row, column] = sum(w * series for w, series in near) / sum(w for w, _ in near)
+    return ids, held, maps
+
+
+def test_flat_rows_are_the_derivation(release, flat):
+    with open(release / "nsd" / INFO) as file:
+        infos = list(csv.DictReader(file))
+    rows = {split: iter(read_table(flat, split).to_pylist()) for split in ("train", "test")}
+    with h5py.File(release / "nsd" / BRICK) as stimuli:
+        for number in ACQUIRED:
+            for trial, (i, held, expected) in enumerate(zip(*plain_maps(release, number))):
+                row, info = next(rows["test" if held else "train"]), infos[i]
+                identity = [row[name] for name in ("subject_id", "trial_id", "session_id", "nsd_id", "subject")]
+                assert identity == [number - 1, trial, trial // N_TRIALS, i, f"subj{number:02d}"]
+                texts = row["repetitions"] | {name: row[name] for name in ("flagged", "BOLD5000", "shared1000")}
+                assert {k: str(v) for k, v in texts.items()} == {k: info[k] for k in texts} and len(texts) == 27
+                assert trial + 1 in [row["repetitions"][f"subject{number}_rep{r}"] for r in range(3)]
+                assert (row["coco_split"], row["coco_id"]) == (info["cocoSplit"], 1000 + i)
+                assert row["captions"] == [f"{k} of {1000 + i}" for k in range(5)]
+                assert row["objects"]["category"] == ["bear"] * (i % 3)
+                picture = Image.fromarray(stimuli["imgBrick"][i]).resize((256, 256), Image.Resampling.BICUBIC)
+                assert (read_png(row["image"]) == np.asarray(picture)).all()
+                stored, inside = read_png(row["activity"]), ~np.isnan(expected)
+                assert (stored[~inside] == 127).all() and 100 < inside.sum() < 500
+                level = (np.clip(expected[inside], -2.5, 2.5) + 2.5) / LEVEL
+                nearly = np.floor(level - 1e-6), np.floor(level + 1e-6)  # sums in another order
+                assert ((stored[inside] == nearly[0]) | (stored[inside] == nearly[1])).all()
+    assert not any(list(rest) for rest in rows.values())
+
+
+def test_data_are_the_means_of_the_flat_maps(flat, challenge, tmp_path):
+    run(prepare_flat, FLAT_DIR=flat, DATA_DIR=tmp_path / "pixels", SEED=3)
+    data, expected, taught = prepare_data.load(tmp_path / "pixels"), {}, set()
+    for split in ("train", "test"):
+        for row in read_table(flat, split).to_pylist():
+            if split == "train" or row["nsd_id"] not in taught:
+                expected.setdefault((split, row["subject"], row["nsd_id"]), []).append(read_png(row["activity"]))
+            taught |= {row["nsd_id"]} if split == "train" else set()
+    space, keys = data.space, []
+    pixels, mask = space.vertices.numpy(), space.mask.numpy()
+    samples = [("train", *sample) for sample in zip(data.activity, data.subject, data.nsd_ids[data.image])]
+    samples += [("test", *s) for s in zip(data.test_activity, data.test_subject, data.nsd_ids[data.test_image])]
+    for split, y, s, i in samples:
+        keys.append((split, space.subjects[s], i))
+        mean = np.mean([m.ravel()[pixels] / 255 * 5 - 2.5 for m in expected[keys[-1]]], axis=0)
+        np.testing.assert_allclose(y, np.where(mask[s], mean, 0), rtol=0, atol=LEVEL / 20)
+    assert sorted(keys) == sorted(expected) and len(data.test_activity) > 5 and space.unit == "pixels"
+    for s, name in enumerate(space.subjects):
+        maps = [m.ravel() for key, part in expected.items() if key[1] == name for m in part]
+        assert (mask[s] == (np.array(maps) != 127).any(0)[pixels]).all()
+    left = pixels % 200 < 100
+    assert left[: space.n_lh].all() and not left[space.n_lh :].any() and not mask.all()
+    assert set(data.nsd_ids[: data.n_training_images]) == taught
+    run(prepare_data, CHALLENGE_DIR=challenge, DATA_DIR=tmp_path / "vertices", SEED=3)
+    vertices = prepare_data.load(tmp_path / "vertices")  # the same training pictures, so the same splits
+    splits = [dict(zip(zip(d.subject, d.nsd_ids[d.image]), d.split)) for d in (data, vertices)]
+    assert splits[0] == splits[1] and vertices.space.mask.sum(1).tolist() == [84, 81]
+
+
+def test_older_revision_strays_and_one_subject(flat, tmp_path):
+    """No trial_id, other order of columns and rows, files of other systems beside them."""
+    (tmp_path / "old/@eaDir").mkdir(parents=True)
+    for split in ("train", "test"):
+        table = read_table(flat, split).select(["activity", "nsd_id", "image", "subject_id"])[::-1]
+        pyarrow.parquet.write_table(table, tmp_path / f"old/{split}.parquet")
+    for stray in ("._train.parquet", "Thumbs.db", "@eaDir/train.parquet"):
+        (tmp_path / "old" / stray).write_bytes(b"stray")
+    run(prepare_flat, FLAT_DIR=flat, DATA_DIR=tmp_path / "both")
+    both = prepare_data.load(tmp_path / "both")
+    has = both.space.mask[1].numpy()
+    for pattern in ("old", "old/*.parquet"):
+        run(prepare_flat, FLAT_DIR=tmp_path / pattern, DATA_DIR=tmp_path / "one", SUBJECTS="subj03", OVERWRITE=True)
+        one = prepare_data.load(tmp_path / "one")
+        assert one.space.mask.all() and (one.activity == both.activity[both.subject == 1][:, has]).all()
+        assert (one.test_activity == both.test_activity[both.test_subject == 1][:, has]).all()
+        assert (one.images[one.image] == both.images[both.image[both.subject == 1]]).all()
+
+
+def test_incomplete_and_repeated_shards_are_refused(flat, tmp_path):
+    shutil.copytree(flat, tmp_path / "flat")
+    first, second, *_ = sorted(tmp_path.glob("flat/data/train-*"))
+    for change in (lambda: shutil.copy(first, second), second.unlink):
+        change()
+        with pytest.raises(UserError, match="same trial|of 3 train shards"):
+            run(prepare_flat, FLAT_DIR=tmp_path / "flat", DATA_DIR=tmp_path / "data")
+
+
+def test_export_continues_where_it_ended(release, flat, tmp_path):
+    calls, png = [], export_flat.png
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(export_flat, "png", lambda values: calls.append(1) or 1 // (len(calls) < 60) and png(values))
+        export(release, tmp_path)  # two pictures a trial: ends in the second shard
+    [first] = tmp_path.glob("data/*.parquet")
+    date = first.stat().st_mtime_ns
+    export(release, tmp_path)
+    assert first.stat().st_mtime_ns == date
+    for split in ("train", "test"):
+        assert read_table(tmp_path, split) == read_table(flat, split)
+    with pytest.raises(UserError, match="other data"):
+        export(release, tmp_path, RSC_DIR="")
+
+
+def test_coco_annotations_are_cropped_and_scaled():
+    mask = np.zeros((425, 425), np.uint8)
+    mask[100:300, 5:17] = mask[424, 424] = 1
+    whole = np.pad(mask.repeat(2, 0).repeat(2, 1), ((0, 0), (100, 50))).T.ravel().astype(int)
+    changes = np.flatnonzero(np.diff(whole, prepend=0, append=2))
+    outlines = [
+        [[300, 40, 400, 40, 400, 120], [0, 0, 9, 0, 9, 9]],
+        [[0, 0, 9, 0, 9, 9], [300, 40, 400, 40, 400, 120]],  # NSD-Flat counts the first part, which was not shown
+        [[60, 40, 400, 40, 400, 120.2, 60, 120.2]],
+        {"size": [850, 1000], "counts": np.diff(changes, prepend=0).tolist()},
+    ]
+    about = dict(category_id=1, category="person", supercategory="person", iscrowd=0, bbox=[60, 40, 340, 80.2])
+    instances = [about | {"segmentation": outline} for outline in outlines]
+    picture = {"height": 850, "width": 1000, "captions": [], "instances": instances}
+    objects, _ = coco.convert(picture, (0, 0, 0.1, 0.05))  # x from 100 on was shown, halved
+    assert [o["area"] for o in objects] == [1000, 150 * 40, 200 * 12 + 1]
+    assert objects[1]["bbox"] == [0, 20, 150, 40.1] and objects[1]["target"] == 1
+    assert objects[1]["segmentation"]["poly"] == [[0, 20, 150, 20, 150, 60.1, 0, 60.1]]
+    runs = {"size": [425, 425], "counts": objects[2]["segmentation"]["counts"]}
+    assert (coco.coco_mask.decode(runs) == mask).all()
+
+
+# ---- NSD-synthetic ------------------------------------------------------------------------------
+
+
+def test_synthetic_folder_is_the_derivation(release, challenge, tmp_path, monkeypatch):
+    rng, root = np.random.default_rng(0), tmp_path / "nsd"
+    write_bricks(root / prepare_synthetic.STIMULI, 6, (720, 740), range(6), rng)
+    write_bricks(root / prepare_synthetic.COLOR_STIMULI.format("subj03"), 3, (720, 740), range(3), rng)
+    order = rng.permutation([0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 8, 8])
+    (root / prepare_synthetic.DESIGN).parent.mkdir(parents=True)
+    scipy.io.savemat(root / prepare_synthetic.DESIGN, {"masterordering": order[None] + 1.0})
+    betas, masks = {}, challenge / "subj03/roi_masks"
+    for hemi in HEMIS:
+        vertices = np.flatnonzero(np.load(masks / f"{hemi}.all-vertices_fsaverage_space.npy"))
+        series = 9 + rng.normal(0, 2, (9, len(vertices)))[order] + rng.standard_normal((21, len(vertices)))
+        series[4, 0], series[:, 1], series[:, 2] = np.nan, 7, np.nan
+        betas[hemi] = series.astype(np.float32)
+        write_mgh(root / prepare_synthetic.BETAS.format("subj03", hemi), dict(zip(vertices, betas[hemi].T)), 21)
+    output = tmp_path / "synthetic"
+    run(prepare_synthetic, NSD_DIR=root, CHALLENGE_DIR=challenge, OUTPUT_DIR=output, SUBJECTS="subj03",
+        TRIALS_PER_SESSION=21)  # fmt: skip
+    m = (6 / 2 + 1 / 3 + 1 / 2 + 1 / 4) / 9
+    for hemi in HEMIS:
+        activity = np.load(output / f"subj03/test_split/test_fmri/{hemi}_test_fmri.npy")
+        ceiling = np.load(output / f"subj03/test_split/noise_ceiling/{hemi}_noise_ceiling.npy")
+        assert (activity[:, 1:3] == 0).all() and (ceiling[1:3] == 0).all() and activity.dtype == np.float32
+        for v in [v for v in range(len(ceiling)) if v not in (1, 2)]:
+            y = betas[hemi][:, v].astype(float)
+            y = (y - np.nanmean(y)) / np.nanstd(y)
+            parts = [[x for x, i in zip(y, order) if i == p and not np.isnan(x)] for p in range(9)]
+            np.testing.assert_allclose(activity[:, v], [np.mean(part) for part in parts], atol=1e-6)
+            noise = sum(np.var(part, ddof=1) * (len(part) - 1) for part in parts if len(part) > 1)
+            noise /= sum(len(part) - 1 for part in parts)
+            signal_to_noise = max(np.nanvar(y, ddof=1) - noise, 0) / noise
+            assert abs(ceiling[v] - signal_to_noise / (signal_to_noise + m)) < 1e-9
+        assert 0.5 < np.median(ceiling) < 1
+    pictures = sorted(output.glob("subj03/test_split/test_images/*"))
+    ids = [*range(73000, 73006), *range(73134, 73137)]
+    assert [p.name for p in pictures] == [f"test-{row:04d}_nsd-{i:05d}.png" for row, i in enumerate(ids, start=1)]
+    with h5py.File(root / prepare_synthetic.COLOR_STIMULI.format("subj03")) as file:
+        assert (np.asarray(Image.open(pictures[6])) == file["imgBrick"][0, 3:717, 13:727]).all()

@@ -12,7 +12,6 @@ validation split, on which the heads' checkpoints are chosen: theirs are slightl
 import json
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -93,7 +92,7 @@ def check_trunks():
         except UserError as error:
             problems.append(f"{name}: {error}")
     if problems:
-        raise UserError("\n".join(["TRUNKS cannot all be compared.", *problems]))
+        raise UserError("\n".join(problems))
 
 
 def run_trunk(name, folder, data, pca, device, precision):
@@ -194,7 +193,7 @@ def write_table(results, with_report, folder):
     table = summarise(results, with_report)
     with atomic_write(folder / "trunks.csv") as file:
         table.to_csv(file, index=False)
-    matplotlib.use("Agg")
+    plt.switch_backend("Agg")
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.3 * len(table)), layout="constrained")
     for method, part in table.groupby("method"):
         axes.errorbar(part["val_r2"], part.index, xerr=part["deviation"], fmt="o", label=method)
@@ -245,10 +244,9 @@ def main():
     pca = fit_pca.load(DATA_DIR, data)
     device = choose_device(DEVICE)
     precision = choose_precision(PRECISION, device)
-    folder = Path(RUN_DIR)
+    folder, with_report = Path(RUN_DIR), has_report_settings(data, pca)
     inputs = {name: value for name, value in constants(globals()).items() if name not in NOT_COMPARED}
     inputs |= {"precision": str(precision), "data": data.fingerprint, "pca": pca.fingerprint}
-    with_report = has_report_settings(data, pca)
     results, missing = {}, []
     with lock(folder):
         for path in sorted(folder.glob("*/scores.json")):

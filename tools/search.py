@@ -16,14 +16,11 @@ import time
 import warnings
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
 
 import fit_pca
 import prepare_data
@@ -149,7 +146,7 @@ def open_study(folder, inputs):
         (folder / "head.pt").unlink(missing_ok=True)
     if not path.exists() and (folder / "head.pt").exists():
         raise UserError(f"{folder} contains the head.pt of another run; choose another RUN_DIR.")
-    storage = JournalStorage(JournalFileBackend(str(path)))
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
     study = optuna.create_study(storage=storage, study_name="search", direction="maximize", load_if_exists=True)
     if "inputs" not in study.user_attrs:
         study.set_user_attr("inputs", inputs)
@@ -185,21 +182,27 @@ def new_round(study, folder, space, usual):
 def record_round(study, folder, trials, learners):
     """Record the scores of a round; head.pt is replaced first, so that it is never worse than a recorded trial."""
     with study_lock(folder):
-        scores = [math.nan if learner.failed else learner.best for learner in learners]
-        best = int(np.argmax(np.nan_to_num(scores, nan=-math.inf)))
-        recorded = best_trial(study)
-        if recorded is None or scores[best] > recorded.value:
-            with open(learners[best].output, "rb") as source, atomic_write(folder / "head.pt") as file:
+        before = best_trial(study)
+        learner = max(learners, key=score_of)
+        if score_of(learner) > (before.value if before else -math.inf):
+            with open(learner.output, "rb") as source, atomic_write(folder / "head.pt") as file:
                 shutil.copyfileobj(source, file)
-        for trial, score in zip(trials, scores):
-            failed = not math.isfinite(score)
-            study.tell(trial, None if failed else score, TrialState.FAIL if failed else None)
+        for trial, learner in zip(trials, learners):
+            if score_of(learner) > -math.inf:
+                study.tell(trial, score_of(learner))
+            else:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
         write_results(study, folder)
+
+
+def score_of(learner):
+    """Best validation median R², -inf if the head diverged."""
+    return -math.inf if learner.failed or math.isnan(learner.best) else learner.best
 
 
 def best_trial(study):
     """The best complete trial, None if there is none."""
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    complete = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
     return max(complete, key=lambda trial: trial.value, default=None)
 
 
@@ -207,56 +210,39 @@ def best_trial(study):
 
 
 def write_results(study, folder):
-    """search.csv: trial, val_r2 (empty unless complete), state, constants; search.png: R² against each constant,
-    search_history.png: best R² so far, search_importance.png: share of R²'s variance (fANOVA)."""
+    """search.csv: trial, val_r2 (empty unless complete), state, constants. From eight scores on also search.png: R²
+    against each constant, search_history.png: best so far, search_importance.png: share of R²'s variance (fANOVA)."""
     table = study.trials_dataframe(("number", "value", "state", "params"))
     table = table.rename(columns=lambda name: name.removeprefix("params_"))
+    table = table.rename(columns={"number": "trial", "value": "val_r2"})
     with atomic_write(folder / "search.csv") as file:
-        table.rename(columns={"number": "trial", "value": "val_r2"}).to_csv(file, index=False)
-    complete = table[table["state"] == "COMPLETE"].drop(columns=["number", "state"])
-    varied = [name for name in complete if name != "value" and complete[name].nunique() > 1]
-    r2 = complete["value"].astype(float)
-    if r2.nunique() < 2 or not varied:
+        table.to_csv(file, index=False)
+    complete = table[table["state"] == "COMPLETE"]
+    varied = [name for name in table.columns[3:] if complete[name].nunique() > 1]
+    if complete["val_r2"].nunique() < 8 or not varied:
         return
-    matplotlib.use("Agg")
-    label = "validation median R²"
-    charts = optuna.visualization.matplotlib
+    charts, label = optuna.visualization.matplotlib, "validation median R²"
+    fanova = optuna.importance.FanovaImportanceEvaluator(seed=SEED)
+    plt.switch_backend("Agg")
     with plt.rc_context():  # Optuna changes matplotlib's style
-        figures = {"search.png": charts.plot_slice(study, varied, target_name=label)}
-        figures["search_history.png"] = charts.plot_optimization_history(study, target_name=label)
-        for axes in figures.values():  # diverged trials would flatten the others
-            np.ravel(axes)[0].set_ylim(max(r2.min(), 2 * r2.median() - r2.max()) - 0.02, r2.max() + 0.02)
-        if len(r2) >= 8:
-            fanova = optuna.importance.FanovaImportanceEvaluator(seed=SEED)
-            figures["search_importance.png"] = charts.plot_param_importances(study, fanova, varied, target_name=label)
+        figures = {
+            "search.png": charts.plot_slice(study, varied, target_name=label),
+            "search_history.png": charts.plot_optimization_history(study, target_name=label),
+            "search_importance.png": charts.plot_param_importances(study, fanova, varied, target_name=label),
+        }
         for name, axes in figures.items():
+            figure = np.ravel(axes)[0].figure
             with atomic_write(folder / name) as file:
-                np.ravel(axes)[0].figure.savefig(file, dpi=120, format="png", bbox_inches="tight")
-            plt.close(np.ravel(axes)[0].figure)
+                figure.savefig(file, dpi=120, format="png", bbox_inches="tight")
+            plt.close(figure)
 
 
 def winner_command(params, folder):
     """The command line that trains the winner in full."""
-    steps = FULL_SCHEDULE * STEPS
+    steps, usual = FULL_SCHEDULE * STEPS, constants(vars(train_head))
     settings = trial_settings(params, f"{folder}_full") | {"STEPS": steps, "WARMUP_STEPS": steps // 20}
-    usual, words = constants(vars(train_head)), ["python", "train_head.py"]
-    for name, value in settings.items():
-        if value != usual[name] or name in ("DATA_DIR", *params):
-            words += [f"--{name.lower()}", show(value)]
-    return shlex.join(words)
-
-
-def describe(study, folder):
-    best = best_trial(study)
-    if best is None:
-        raise UserError(f"no trial succeeded; lower LEARNING_RATE_RANGE ({folder / 'search.csv'} lists the trials).")
-    print(f"best: trial {best.number}, validation median R² {best.value:.4f}")
-    for name, value in best.params.items():
-        print(f"  {name} {value:.4g}" if isinstance(value, float) else f"  {name} {value}")
-    if best.value <= 0:
-        print("This is not above zero: no better than predicting each vertex's mean.")
-    print(f"wrote {folder / 'head.pt'}, {folder / 'search.csv'} and figures")
-    print(f"To train it in full, {FULL_SCHEDULE} times the steps:\n{winner_command(best.params, folder)}")
+    options = [(f"--{name.lower()}", show(value)) for name, value in settings.items() if value != usual[name]]
+    return shlex.join(["python", "train_head.py", *(word for option in options for word in option)])
 
 
 def main():
@@ -291,9 +277,14 @@ def main():
             training.Run("search", learners, data, pca, settings[0], tolerant=True).run()
             record_round(study, folder, trials, learners)
         best, minutes = best_trial(study), (time.monotonic() - begin) / 60
-        print(f"trials {trials[0].number} to {trials[-1].number} of {TRIALS} took {minutes:.1f} min; ", end="")
-        print(f"best so far {best.value:.4f} (trial {best.number})" if best else "none succeeded so far", flush=True)
-    describe(study, folder)
+        so_far = f"best so far {best.value:.4f} (trial {best.number})" if best else "none succeeded so far"
+        print(f"trials {trials[0].number} to {trials[-1].number} of {TRIALS} took {minutes:.1f} min; {so_far}")
+    best = best_trial(study)
+    if best is None:
+        raise UserError(f"no trial succeeded; lower LEARNING_RATE_RANGE ({folder / 'search.csv'} lists the trials).")
+    print(f"best: trial {best.number}, validation median R² {best.value:.4f}, {best.params}")
+    print(f"wrote {folder / 'head.pt'}, {folder / 'search.csv'} and figures")
+    print(f"To train it in full, {FULL_SCHEDULE} times the steps:\n{winner_command(best.params, folder)}")
 
 
 if __name__ == "__main__":
