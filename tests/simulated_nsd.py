@@ -93,7 +93,7 @@ def simulate_subject(root, number, masks, rng):
             series[:, 5] = 1 / 3
             if session == 2:
                 series[:, 7] = 0.1
-            if session == ACQUIRED[number] and (number, hemi) == (3, "rh"):
+            if session == 3 and (number, hemi) == (3, "rh"):
                 series[N_TRIALS - 1, 9] = np.nan
             if (number, hemi) == (3, "lh"):
                 series[:, [0, 20]] = np.nan

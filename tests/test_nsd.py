@@ -165,6 +165,13 @@ def test_simulation_has_the_special_cases(release):
         assert [(y == 0).all(0).sum() for y in z.values()] == [1, 1]  # constant over all sessions
 
 
+def test_trials_are_read_in_pieces(release):
+    path = release / "nsd" / BETAS.format(1) / "lh.betas_session01.mgh"
+    betas = nibabel.load(path).get_fdata()[:, 0, 0]
+    vertices = np.flatnonzero(betas.any(1))
+    assert (prepare_nsd.read_trials(path, N_TRIALS, vertices, at_once=5) == betas[vertices].T).all()
+
+
 DIES = """import os, runpy, signal, sys
 from PIL import Image
 calls, save = [], Image.Image.save

@@ -23,7 +23,7 @@ import predict
 import prepare_data
 from core.files import output_folder
 from core.scores import challenge_score, pearson, r2_score
-from core.settings import choose_device, choose_precision, constants, progress, run, versions
+from core.settings import constants, run, versions
 from core.space import HEMIS
 from model import UserError
 from tools import figures, page
@@ -60,15 +60,6 @@ SPLIT_NAMES = {
 # ---- what is scored ------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Samples:
-    """Scored samples of one subject."""
-
-    nsd_ids: np.ndarray  # (n,)
-    images: np.ndarray  # (n, 256, 256, 3) uint8
-    activity: torch.Tensor  # (n, n_vertices) float16 or float32, 0 where the subject has no vertex
-
-
 def read_sides(folder, name, space, s, shape):
     """{lh,rh}NAME.npy in the challenge's vertex order -> (*shape, n_vertices) float32 of the common space, NaN where
     missing; None where there are no such files."""
@@ -98,43 +89,39 @@ def read_ceilings(root, space):
     return ceilings
 
 
-def challenge_samples(data, s):
-    """Held-out activity of one subject, of the prepared test pictures or of other pictures in CHALLENGE_DIR
-    -> Samples, whether they are the prepared ones; None where there is none."""
-    rows = data.test_image[data.test_subject == s]
+def read_samples(data, split, s):
+    """Nsd ids (n,), pictures (n, 256, 256, 3) and activity (n, n_vertices) of one subject, and the split's name, which
+    is "outside" for held-out activity of pictures in CHALLENGE_DIR that are not the prepared ones. None without any."""
+    if split != "challenge":
+        rows = np.concatenate([data.samples(part, s) for part in (("val", "test") if split == "heldout" else (split,))])
+        image = data.image[rows]
+        return data.nsd_ids[image], data.images[image], torch.from_numpy(data.read_activity(rows)), split
+    chosen, folder = data.test_subject == s, Path(CHALLENGE_DIR) / data.space.subjects[s] / "test_split"
+    rows = data.test_image[chosen]
     if data.test_activity is not None:
-        chosen = data.test_subject == s
-        return Samples(data.nsd_ids[rows], data.images[rows], torch.from_numpy(data.test_activity[chosen])), True
-    folder = Path(CHALLENGE_DIR) / data.space.subjects[s] / "test_split"
+        return data.nsd_ids[rows], data.images[rows], torch.from_numpy(data.test_activity[chosen]), split
     paths, ids = prepare_data.list_pictures(folder / "test_images")
-    is_prepared = not paths or np.array_equal(ids, data.nsd_ids[rows])
-    ids = data.nsd_ids[rows] if is_prepared else ids
+    if not paths or np.array_equal(ids, data.nsd_ids[rows]):
+        paths, ids = [], data.nsd_ids[rows]
     activity = read_sides(folder / "test_fmri", "_test_fmri", data.space, s, (len(ids),))
     if activity is None:
-        return None, True
-    images = data.images[rows] if is_prepared else np.stack(list(prepare_data.decode_pictures(paths)))
-    return Samples(ids, images, torch.from_numpy(np.nan_to_num(activity))), is_prepared
+        return None
+    images = np.stack(list(prepare_data.decode_pictures(paths))) if paths else data.images[rows]
+    return ids, images, torch.from_numpy(np.nan_to_num(activity)), "outside" if paths else split
 
 
-def read_samples(data, split, trained_ids):
-    """Samples of every subject, or None, and the split's name. Pictures of trained_ids (per subject) are left out."""
-    samples, n_leaked = [], 0
-    for s in range(len(data.space.subjects)):
-        if split == "challenge":
-            own, is_prepared = challenge_samples(data, s)
-            split_name = split if is_prepared else "outside"
-        else:
-            rows = np.concatenate([data.samples(part, s) for part in (("val", "test") if split == "heldout" else (split,))])
-            image, split_name = data.image[rows], split
-            own = Samples(data.nsd_ids[image], data.images[image], torch.from_numpy(data.read_activity(rows)))
-        if own is not None:
-            fresh = ~np.isin(own.nsd_ids, trained_ids[s])
-            n_leaked += (~fresh).sum()
-            own = Samples(own.nsd_ids[fresh], own.images[fresh], own.activity[torch.from_numpy(fresh)])
-        samples.append(own if own is not None and len(own.nsd_ids) else None)
-    if n_leaked:
-        print(f"{SPLIT_NAMES[split_name]}: left out {n_leaked} samples whose pictures the model was trained on")
-    return samples, split_name
+def scorable_samples(data, split, trained_ids):
+    """[(nsd ids, pictures, activity) or None] of every subject, and the split's name. Pictures that predictions for a
+    subject were trained on (trained_ids) are left out."""
+    samples, n_left_out, name = [], 0, split
+    for s, trained in enumerate(trained_ids):
+        ids, images, activity, name = read_samples(data, split, s) or ([], [], None, name)
+        fresh = np.flatnonzero(~np.isin(ids, trained))
+        n_left_out += len(ids) - len(fresh)
+        samples.append((ids[fresh], images[fresh], activity[fresh]) if len(fresh) else None)
+    if n_left_out:
+        print(f"{SPLIT_NAMES[name]}: left out {n_left_out} samples whose pictures the model was trained on")
+    return samples, name
 
 
 def checkpoint_predictions(predictor, data):
@@ -201,19 +188,19 @@ def measure(data, split, samples, predictions, known, ceilings, example=None):
     """Score every subject's samples -> Scored. predictions: function of (subject's index, images); known: which
     vertices it predicts; example: the subject whose examples are chosen."""
     space, maps, resampled, examples = data.space, {}, {}, []
-    n_images = {name: len(own.nsd_ids) if own else 0 for name, own in zip(space.subjects, samples)}
+    n_images = {name: len(own[0]) if own else 0 for name, own in zip(space.subjects, samples)}
     if not any(n_images.values()):
         where = f"{CHALLENGE_DIR}/subjXX/test_split has no activity" if split == "challenge" else "no picture is left"
         raise UserError(f"nothing to score on {SPLIT_NAMES[split]}: {where}; --split chooses another split.")
-    pictures = np.unique(np.concatenate([own.nsd_ids for own in samples if own]))
+    pictures = np.unique(np.concatenate([own[0] for own in samples if own]))
     weights = draw_pictures(len(pictures), RESAMPLES, SEED)
     for s, (subject, own) in enumerate(zip(space.subjects, samples)):
         if own is None:
             print(f"{subject}: no pictures or no activity in {SPLIT_NAMES[split]}, not scored")
             continue
-        present = space.present(s) & known
-        y, ceiling = own.activity[:, present].float(), ceilings[s, present]
-        by_prediction = predictions(s, own.images)
+        (ids, images, activity), present = own, space.present(s) & known
+        y, ceiling = activity[:, present].float(), ceilings[s, present]
+        by_prediction = predictions(s, images)
         for prediction, values in by_prediction.items():
             values = values[:, present]
             scores = {"r2": r2_score(y, values).numpy(), "r": pearson(y, values).numpy()}
@@ -222,24 +209,21 @@ def measure(data, split, samples, predictions, known, ceilings, example=None):
             for metric, score in scores.items():
                 maps.setdefault((prediction, metric), np.full(space.mask.shape, np.nan))[s, present] = score
             if RESAMPLES and len(y) >= FEWEST_PICTURES:
-                drawn = weights[:, np.searchsorted(pictures, own.nsd_ids)]
+                drawn = weights[:, np.searchsorted(pictures, ids)]
                 for metric, score in resampled_scores(y, values, drawn, ceiling).items():
                     resampled.setdefault((prediction, metric), {})[subject] = score
         if s == example:
-            examples = choose_examples(own, by_prediction["subject"], present)
-    table = summarise(maps, space)
-    few = any(0 < n < FEWEST_PICTURES for n in n_images.values())
-    numbers = headlines(table, resampled, few)
-    return Scored(split, maps, table, numbers, n_images, len(pictures), ceilings, examples)
+            examples = choose_examples(*own, by_prediction["subject"], present)
+    table, few = summarise(maps, space), any(0 < n < FEWEST_PICTURES for n in n_images.values())
+    return Scored(split, maps, table, headlines(table, resampled, few), n_images, len(pictures), ceilings, examples)
 
 
-def choose_examples(own, prediction, present):
+def choose_examples(ids, images, activity, prediction, present):
     """Samples from the best predicted to the worst: [(nsd id, R² over vertices, picture, measured, predicted)]."""
-    prediction, y = prediction.numpy(), own.activity.float().numpy()
-    r2 = r2_score(torch.from_numpy(y[:, present].T), torch.from_numpy(prediction[:, present].T)).numpy()
+    r2 = r2_score(activity[:, present].T, prediction[:, present].T).numpy()
     order = np.argsort(-r2)[np.unique(np.linspace(0, len(r2) - 1, N_EXAMPLES).round().astype(int))]
-    shown = (np.where(present, values, np.nan) for values in (y, prediction))
-    return list(zip(own.nsd_ids[order], r2[order], own.images[order], *(values[order] for values in shown)))
+    maps = (np.where(present, values[order].float(), np.nan) for values in (activity, prediction))
+    return list(zip(ids[order], r2[order], images[order], *maps))
 
 
 def summarise(maps, space):
@@ -311,8 +295,6 @@ def resampled_scores(activity, prediction, weights, ceiling):
     product = (squares_y + squares_x - difference) / 2 - sum_y * sum_x / n
     r = torch.where(constant_y | constant_x, 0, product / (around_y * around_x).sqrt()).clamp(-1, 1)
     scores = {"r2": torch.where(constant_y, (residual == 0).float(), 1 - residual / around_y).numpy(), "r": r.numpy()}
-    scores["r2"][np.isnan(n[:, 0].numpy())] = np.nan
-    scores["r"][np.isnan(n[:, 0].numpy())] = np.nan
     if np.isfinite(ceiling).all():
         scores["challenge"] = challenge_score(scores["r"], ceiling.astype(np.float32))
     return scores
@@ -463,7 +445,7 @@ def main():
         for part in dict.fromkeys([split, "test"]):
             if parts and parts[0].split not in ("val", "outside"):
                 break
-            samples, name = read_samples(data, part, trained_pictures(infos, data, part))
+            samples, name = scorable_samples(data, part, trained_pictures(infos, data, part))
             ceilings = read_ceilings(CHALLENGE_DIR if part == "challenge" else NOISE_CEILING_DIR or CHALLENGE_DIR, space)
             if not parts or any(samples):
                 parts.append(measure(data, name, samples, predictions, known, ceilings, None if parts else example))

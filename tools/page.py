@@ -18,6 +18,8 @@ from tools.flatmap import fit_limits
 N_FSAVERAGE5 = 10242  # vertices per hemisphere: the first of fsaverage
 WIDEST = 1600  # px of a figure in the page; the files beside it have all pixels
 ASIDE = 60  # mm that each inflated hemisphere is moved, as both lie around the origin
+BEHIND = {"x": 0, "y": -1.6, "z": 0.4}  # the first view
+INFERNO = ["#000004", "#420a68", "#932667", "#dd513a", "#fca50a", "#fcffa4"]
 MODEL = {"name": "eva02_base_patch14_224.mim_in22k", "layers": "0,2,4,6,8,10", "image_size": 224}
 REPORTED = {  # Lane & Kiar 2023: median R², challenge score, and the settings that gave them
     "report, phase 1": ("0.204", "0.589", {"BATCH_SIZE": 512, "STEPS": 5000, "LEARNING_RATE": 6e-4, "LATENT_DIM": 1024}),
@@ -104,18 +106,13 @@ def reference_rows(scored, what, space):
 
 
 def areas(table):
-    """[(subject, HTML table)] with one row per ROI."""
-    shown = {"n": ("subject", "r2", "both", table.columns[-1])}
-    shown |= {f"median R² {h}": ("subject", "r2", h, "median") for h in ("both", "lh", "rh")}
-    shown |= {"median r": ("subject", "r", "both", "median"), "challenge score": ("subject", "challenge", "both", "mean")}
-    shown |= {"group's median R²": ("group", "r2", "both", "median")}
-    for subject, own in table.groupby("subject", sort=False):
-        columns = {}
-        for title, (prediction, metric, hemi, value) in shown.items():
-            rows = own[(own.prediction == prediction) & (own.metric == metric) & (own.hemisphere == hemi)]
-            if len(rows):
-                columns[title] = rows.set_index(["roi_group", "roi"])[value]
-        yield subject, html(pd.DataFrame(columns).reset_index())
+    """[(subject, HTML table)] with one row per ROI: means of the challenge score, medians of the others."""
+    shown = table.assign(value=table["mean"].where(table.metric == "challenge", table["median"]))
+    for subject, own in shown.groupby("subject", sort=False):
+        keys = ["prediction", "metric", "hemisphere"]
+        wide = own.pivot(index=["roi_group", "roi"], columns=keys, values="value").reindex(own.roi.unique(), level="roi")
+        wide.columns = [" ".join(names).replace("r2", "R²") for names in wide.columns]
+        yield subject, html(wide.reset_index())
 
 
 def encode(path):
@@ -134,39 +131,32 @@ def cortex(scored, space):
     if space.unit != "vertices":
         return ""
     files = datasets.fetch_surf_fsaverage("fsaverage5")  # comes with nilearn
-    points, faces, sulci = [], [], []
-    for half, side in (("left", -1), ("right", 1)):
-        mesh = surface.load_surf_mesh(files[f"infl_{half}"])
-        points.append(mesh.coordinates + [side * ASIDE, 0, 0])
-        faces.append(mesh.faces + N_FSAVERAGE5 * len(faces))
-        sulci.append(surface.load_surf_data(files[f"curv_{half}"]) > 0)
-    (x, y, z), (i, j, k) = np.concatenate(points).T, np.concatenate(faces).T
-    sulcus = np.concatenate(sulci)[i]
+    meshes = [surface.load_surf_mesh(files[f"infl_{half}"]) for half in ("left", "right")]
+    x, y, z = np.concatenate([m.coordinates + [side * ASIDE, 0, 0] for m, side in zip(meshes, (-1, 1))]).T
+    faces = np.concatenate([meshes[0].faces, meshes[1].faces + N_FSAVERAGE5])
+    sulcus = np.concatenate([surface.load_surf_data(files[f"curv_{half}"]) for half in ("left", "right")])[faces[:, 0]] > 0
     buttons = []
-    for metric in ("r2", "challenge"):
+    for metric in figures.SCORE_NAMES:
         maps = figures.score_maps(scored.maps, metric, space) if ("subject", metric) in scored.maps else []
         top = fit_limits([values for _, values, _ in maps], symmetric=False)[1] if maps else 1
         for title, values, _ in maps:
-            face = surface_values(values, space)[np.stack([i, j, k])].mean(0)
-            codes = np.where(np.isnan(face), -0.02 * top - 0.04 * top * sulcus, np.clip(face, 0, top))
-            # restyle needs plain numbers, three digits keep the page small
-            arguments = {"intensity": [[float(f"{v:.3g}") for v in codes]], "cmax": top, "cmin": -0.08 * top}
+            codes = surface_values(values, space)[faces].mean(1)
+            codes = np.where(np.isnan(codes), np.where(sulcus, -0.06, -0.02) * top, np.clip(codes, 0, top))
+            # three digits keep the page small
+            change = {"intensity": [[float(f"{v:.3g}") for v in codes]], "cmin": -0.08 * top, "cmax": top}
             label = f"{title}: {figures.SCORE_NAMES[metric]}"
-            buttons.append({"method": "restyle", "label": label, "args": [arguments]})
-    first = buttons[0]["args"][0]
-    inferno = ["#000004", "#420a68", "#932667", "#dd513a", "#fca50a", "#fcffa4"]
-    zero, split = 0.08 / 1.08, 0.04 / 1.08  # of the scale: where values begin; between the two greys
-    scale = [(0, "#a6a6a6"), (split, "#a6a6a6"), (split, "#cccccc"), (zero, "#cccccc")]
-    scale += [(zero + (1 - zero) * n / 5, colour) for n, colour in enumerate(inferno)]
+            buttons.append({"method": "restyle", "label": label, "args": [change]})
+    first, zero = buttons[0]["args"][0], 0.08 / 1.08  # of the colour scale: where values begin
+    scale = [(0, "#999"), (zero / 2, "#999"), (zero / 2, "#bdbdbd"), (zero, "#bdbdbd")]
+    scale += [(zero + (1 - zero) * n / 5, colour) for n, colour in enumerate(INFERNO)]
     mesh = go.Mesh3d(
-        x=x, y=y, z=z, i=i, j=j, k=k, intensity=np.array(first["intensity"][0], np.float32), intensitymode="cell",
-        colorscale=scale, cmin=first["cmin"], cmax=first["cmax"], hoverinfo="skip", colorbar={"title": "score", "len": 0.7},
+        x=x, y=y, z=z, i=faces[:, 0], j=faces[:, 1], k=faces[:, 2], intensity=first["intensity"][0],
+        intensitymode="cell", colorscale=scale, cmin=first["cmin"], cmax=first["cmax"], hoverinfo="skip",
     )  # fmt: skip
-    axis = {"visible": False}
-    eye = {"eye": {"x": 0, "y": -1.6, "z": 0.4}}  # from behind
-    scene = {"xaxis": axis, "yaxis": axis, "zaxis": axis, "aspectmode": "data", "camera": eye}
+    scene = {f"{name}axis": {"visible": False} for name in "xyz"} | {"aspectmode": "data", "camera": {"eye": BEHIND}}
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.08, "yanchor": "top"}
-    figure = go.Figure(mesh, {"scene": scene, "height": 560, "margin": {"l": 0, "r": 0, "b": 0}, "updatemenus": [menu]})
+    margin = {"l": 0, "r": 0, "b": 0}
+    figure = go.Figure(mesh, {"scene": scene, "height": 560, "margin": margin, "updatemenus": [menu]})
     note = "<p>Drag to turn, scroll to zoom. Grey: not scored.</p>"
     return note + figure.to_html(full_html=False, include_plotlyjs=True, config={"responsive": True})
 
