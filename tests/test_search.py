@@ -27,9 +27,7 @@ from tests.conftest import TINY, assert_equal, run_process, run_stage
 from tools import compare_trunks, ridge, search
 
 N_PICTURES, N_LH, N_VERTICES = 120, 20, 36
-TRAINING = dict(
-    TRUNK=TINY, PRETRAINED=False, IMAGE_SIZE=56, BATCH_SIZE=32, PRECISION="float32", DEVICE="cpu", SEED=7
-)  # fmt: skip
+TRAINING = dict(TRUNK=TINY, PRETRAINED=False, IMAGE_SIZE=56, BATCH_SIZE=32, PRECISION="float32", DEVICE="cpu", SEED=7)
 
 
 @pytest.fixture(scope="module")
@@ -202,16 +200,6 @@ def test_winner_is_trained_in_full(tmp_path):
         assert parsed == pytest.approx(value) if isinstance(value, float) else parsed == value, name
 
 
-@pytest.mark.parametrize("settings", [
-    dict(WEIGHT_DECAY_RANGE=(0.0, 1.0)), dict(LATENT_DIM_RANGE=(9, 5)), dict(FEATURE_DROPOUT_RANGE=(0.5, 1.0)),
-    dict(LAYERS_CHOICES=";"),
-])  # fmt: skip
-def test_search_refuses(settings, fitted, tmp_path):
-    with pytest.raises(UserError):
-        run_stage(search, **SEARCH | settings, DATA_DIR=fitted, RUN_DIR=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 # ---- the comparison of trunks --------------------------------------------------------------------
 
 OTHER = "vit_tiny_patch16_224.augreg_in21k"
@@ -289,9 +277,8 @@ def test_trunk_table_against_an_independent_computation(compared, fitted):
 
 def test_trunks_csv(compared):
     table = pd.read_csv(compared / "trunks.csv")
-    assert {(t, m) for t, m in zip(table["trunk"], table["method"])} == {
-        (trunk, method) for trunk in (TINY, OTHER) for method in ("head", "ridge")
-    }
+    lines = sorted(zip(table["trunk"], table["method"]))
+    assert lines == [(trunk, method) for trunk in (TINY, OTHER) for method in ("head", "ridge")]
     assert table["val_r2"].is_monotonic_decreasing and table["report"].isna().all()
     for line in table.itertuples():
         found = json.loads((compared / line.trunk / "scores.json").read_text())["rows"]
@@ -370,4 +357,3 @@ def test_reports_numbers_stand_beside_its_settings_only(monkeypatch):
     for with_report, expected in ((True, [0.1832]), (False, [])):
         table = compare_trunks.summarise(results, with_report)
         assert table["report"].dropna().tolist() == expected
-    assert compare_trunks.TABLE_4["vit_base_patch16_224.mae"] == 0.1832

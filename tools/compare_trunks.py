@@ -96,7 +96,8 @@ def check_trunks():
 
 
 def run_trunk(name, folder, data, pca, device, precision):
-    """Train the heads of one trunk together, each as train_head.py would -> scores, see score_methods()."""
+    """Train and score the heads of one trunk -> rows, see score_methods()."""
+    (folder / "scores.json").unlink(missing_ok=True)  # else they could outlive their checkpoints
     trunk = Trunk(name, LAYERS, image_size=IMAGE_SIZE, pretrained=PRETRAINED, seed=SEED)
     settings = [head_settings(name, folder, SEED + i) for i in range(SEEDS)]
     learners = [
