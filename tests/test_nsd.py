@@ -407,7 +407,7 @@ def test_coco_annotations_are_cropped_and_scaled():
     changes = np.flatnonzero(np.diff(whole, prepend=0, append=2))
     outlines = [
         [[300, 40, 400, 40, 400, 120], [0, 0, 9, 0, 9, 9]],
-        [[0, 0, 9, 0, 9, 9], [300, 40, 400, 40, 400, 120]],  # NSD-Flat counts the first part, which was not shown
+        [[0, 0, 9, 0, 9, 9], [300, 40, 400, 40, 400, 200]],  # NSD-Flat counts the first part, which was not shown
         [[60, 40, 400, 40, 400, 120.2, 60, 120.2]],
         {"size": [850, 1000], "counts": np.diff(changes, prepend=0).tolist()},
     ]
