@@ -281,7 +281,9 @@ def validate(encoders, data, images, split, batch_size, precision):
             for i, (encoder, h) in enumerate(zip(encoders, latents)):
                 prediction = encoder.predict(h[where].to(device), s)
                 loss = sum(F.mse_loss(p, a.float(), reduction="sum") for p, a in zip(prediction, activity))
-                mine[s, i] = float(loss), r2_score(activity, prediction)[data.space.mask[s]].numpy()
+                finite = bool(torch.isfinite(prediction).all())  # else this head fails, not the others with it
+                r2 = r2_score(activity, prediction)[data.space.mask[s]].numpy() if finite else None
+                mine[s, i] = float(loss) if finite else math.nan, r2
     found = {key: value for part in distributed.gather_objects(mine) for key, value in part.items()}
     results = []
     for i in range(len(encoders)):
@@ -342,6 +344,7 @@ class Run:
                     bar.set_postfix_str(f"loss {float(active[0].loss):.5f}")
                 ending = any(learner.step == learner.settings.STEPS for learner in active)
                 if (step + 1) % every == 0 or ending:
+                    self.check_losses(active)
                     self.validate(images)
         self.conclude()
 
@@ -361,6 +364,9 @@ class Run:
         batch_size = self.settings.MICRO_BATCH or self.settings.BATCH_SIZE
         encoders = [learner.encoder for learner in current]
         for learner, scores in zip(current, validate(encoders, self.data, images, "val", batch_size, self.precision)):
+            if not math.isfinite(scores["val_loss"]):
+                self.fail(learner)
+                continue
             learner.log.append(self.log_entry(learner, scores))
             learner.loss_sum, learner.n_losses = 0.0, 0
             if not scores["val_r2"] <= learner.best:
@@ -390,11 +396,14 @@ class Run:
 
     def check_losses(self, active):
         for learner in active:
-            if not learner.is_finite():
-                learner.failed = f"the loss is not finite after step {learner.step}: lower LEARNING_RATE."
-                if not self.tolerant:
-                    raise UserError(f"{learner.output}: {learner.failed}")
-                print(f"{learner.output}: {learner.failed} The other heads go on.")
+            if not learner.failed and not learner.is_finite():
+                self.fail(learner)
+
+    def fail(self, learner):
+        learner.failed = f"the loss is not finite after step {learner.step}: lower LEARNING_RATE."
+        if not self.tolerant:
+            raise UserError(f"{learner.output}: {learner.failed}")
+        print(f"{learner.output}: {learner.failed} The other heads go on.")
 
     def save(self):
         if distributed.is_first():
@@ -441,8 +450,8 @@ class Run:
 def on_log(learner, entry):
     """Called with every entry of the log: the place to hand them to TensorBoard, W&B or another tracker."""
     if distributed.is_first():
-        with open(log_path(learner.output), "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        with atomic_write(log_path(learner.output)) as file:  # whole: a killed run may repeat its last validation
+            file.write("".join(json.dumps(each) + "\n" for each in learner.log).encode())
         print(f"{learner.output.name} step {entry['step']}: val loss {entry['val_loss']:.5f}, median R² {entry['val_r2']:.4f}")
 
 

@@ -6,7 +6,7 @@ Fixtures (session scope, built once for all pytest-xdist workers; read-only: tes
     subjects       {name: its files, read plainly}
     data_dir       DATA_DIR: prepared data (SEED 3) and a PCA of 24 components
     run_dir        RUN_DIR: head.pt and its log, a tiny trunk with random weights, trained for 8 steps
-    finetuned_dir  RUN_DIR: the same, and finetuned.pt after 4 steps
+    finetuned_dir  RUN_DIR: the same, and finetuned.pt, fine-tuned for 5 steps
 
 Helpers: from tests.conftest import run_stage, run_process, on_command_line, assert_equal, TINY, HEAD, TRAINING
 """
@@ -86,20 +86,14 @@ def run_process(script, dies_at=None, seconds=200, **constants):
 
 def run_script(script, arguments, dies_at, output):
     """What run_process() does in the new process."""
-    file = open(output, "w", buffering=1)
-    for stream in (1, 2):
-        os.dup2(file.fileno(), stream)
+    with open(output, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    sys.argv = [script, *arguments]
     if dies_at:
         die_at(*dies_at)
-    sys.path.insert(0, str(ROOT))
-    sys.argv = [script, *arguments]
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:  # multiprocessing would print the message itself, but not into the file
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        sys.exit(1 if isinstance(end.code, str) else end.code)
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def die_at(module, function, n):
@@ -202,7 +196,7 @@ def run_dir(build_once, data_dir):
 
 @pytest.fixture(scope="session")
 def finetuned_dir(build_once, data_dir, run_dir):
-    settings = TRAINING | dict(STEPS=4, LEARNING_RATE=0.001, DATA_DIR=data_dir)
+    settings = TRAINING | dict(STEPS=5, VALIDATE_EVERY=2, LEARNING_RATE=0.001, SEED=2, DATA_DIR=data_dir)
 
     def build(folder):
         shutil.copytree(run_dir, folder)

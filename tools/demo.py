@@ -83,10 +83,17 @@ def main():
     start("fit_pca.py", data_dir=data, pca_dim=64)
     rates = dict(steps=STEPS, warmup_steps=STEPS // 10, learning_rate=5e-3, min_learning_rate=1e-4)
     start("train_head.py", **folders, **HEAD, **TRAINING, **rates, batch_size=64)
-    rates = dict(steps=STEPS // 2, warmup_steps=STEPS // 20, learning_rate=2e-3)
+    rates = dict(steps=STEPS // 2, warmup_steps=STEPS // 20, learning_rate=1e-3)
     start("finetune.py", **folders, **TRAINING, **rates, batch_size=32)
     start("predict.py", **folders, submission_dir=demo / "submission")
-    start("tools.evaluate", **folders, checkpoint=run_dir / "head.pt", challenge_dir=challenge, figures="false")
+    start(
+        "tools.evaluate",
+        **folders,
+        checkpoint=run_dir / "head.pt",
+        challenge_dir=challenge,
+        figures="false",
+        resamples=0,
+    )
     start("tools.evaluate", **folders, challenge_dir=challenge)
     print_scores(run_dir)
     photos = dict(run_dir=run_dir, images=demo / "photos")
