@@ -1,0 +1,90 @@
+"""The checkpoint: everything that prediction needs, and what made it."""
+
+import numpy as np
+import torch
+
+from core.files import fingerprint, load_torch, save_torch
+from core.settings import versions
+from core.space import Space
+from model import Encoder, Head, Trunk, UserError
+
+FORMAT = "encoder-3"
+
+
+def trunk_fingerprint(trunk, layers, stored):
+    """Of the trunk's weights up to the last of these layers that a checkpoint does not store itself."""
+    state = trunk_state(trunk, layers)
+    return fingerprint(*(value for name, value in state.items() if name not in stored))
+
+
+def trunk_state(trunk, layers):
+    """{name: weight} of a trunk, without blocks after the last of these layers."""
+    later = tuple(f"vit.blocks.{i}." for i in range(max(layers) + 1, len(trunk.vit.blocks)))
+    return {name: value for name, value in trunk.state_dict().items() if not later or not name.startswith(later)}
+
+
+def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished, train_nsd_ids, added=None):
+    """Write a checkpoint atomically.
+
+    made_with: settings and fingerprints; finished: whether the training that chose it ended; train_nsd_ids: pictures
+    trained on; added: {name: nsd ids that tools/adapt.py fitted that person to}. The trunk's trained weights are
+    stored, the rest is known by a fingerprint.
+    """
+    state = trunk_state(encoder.trunk, encoder.layers)
+    stored = [name for name in encoder.trunk.stored_names() if name in state]
+    content = {
+        "made_with": made_with,
+        "versions": versions(),
+        "trunk_settings": encoder.trunk.settings | {"layers": ",".join(map(str, encoder.layers))},
+        "trunk": {name: state[name].detach().cpu() for name in stored},
+        "trunk_fingerprint": trunk_fingerprint(encoder.trunk, encoder.layers, stored),
+        "head": {name: value.detach().cpu() for name, value in encoder.head.state_dict().items()},
+        "space": vars(space),
+        "scores": scores,
+        "step": step,
+        "finished": finished,
+        "train_nsd_ids": torch.as_tensor(np.unique(train_nsd_ids)),
+        "added": {name: torch.as_tensor(ids) for name, ids in (added or {}).items()},
+    }
+    content["fingerprint"] = fingerprint(*content["head"].values(), *content["trunk"].values())
+    save_torch(path, content, FORMAT)
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint file; UserError if it is damaged or of another version."""
+    return load_torch(path, FORMAT, "train_head.py or finetune.py")
+
+
+def mark_finished(path):
+    """Record that the training which chose this checkpoint has ended."""
+    content = read_checkpoint(path)
+    if not content["finished"]:
+        save_torch(path, content | {"finished": True}, FORMAT)
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> (Encoder on device in eval mode, Space, the rest of the checkpoint as a dict)."""
+    content = read_checkpoint(path)
+    trunk = Trunk(**content["trunk_settings"])
+    stored, weights = content.pop("trunk"), content.pop("head")
+    if trunk_fingerprint(trunk, trunk.layers, stored) != content["trunk_fingerprint"]:
+        raise UserError(
+            f"{path} was trained on other weights of {trunk.settings['name']} than those loaded here: use the same "
+            "weights file and library versions."
+        )
+    n_subjects, pca_dim, latent_dim = weights["subject_weight"].shape
+    with torch.device("meta"):
+        head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, len(weights["embed_bias"]))
+    check_names(path, head.state_dict(), weights)
+    trunk.load_state_dict(stored, strict=False)
+    head.load_state_dict(weights, assign=True)
+    space = Space(**content.pop("space"))
+    return Encoder(trunk, head).to(device, torch.float32).eval(), space, content
+
+
+def check_names(path, expected, weights):
+    """UserError where the parameters in a file are not those of the code."""
+    differing = sorted(set(expected) ^ set(weights))
+    differing += [name for name in expected if name in weights and expected[name].shape != weights[name].shape]
+    if differing:
+        raise UserError(f"{path} does not fit the head in model.py; these parameters differ: {', '.join(differing[:6])}.")

@@ -1,0 +1,96 @@
+"""One process or several: torchrun starts them, and the environment alone tells.
+
+Without torchrun every function here does next to nothing. With it, rank 0 alone prints and writes.
+"""
+
+import contextlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+def launched():
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first():
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def process_group():
+    """Join the processes that torchrun started; all but rank 0 print nothing."""
+    if not launched():
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with contextlib.ExitStack() as stack:
+            if not is_first():
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            yield
+            dist.barrier()
+    except BaseException as error:
+        print(f"rank {rank()}: {type(error).__name__}", file=sys.stderr)
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+class GatherRows(torch.autograd.Function):
+    """x (n_layers, n, latent_dim) of every process -> all rows in the order of ranks, on each.
+
+    Every process computes the same loss on the whole batch and has the whole gradient, so that backward only keeps
+    its own rows, times the number of processes, since average_gradients divides by it.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.chunk(world_size(), 1)[rank()] * world_size()
+
+
+def gather_rows(x):
+    return GatherRows.apply(x) if world_size() > 1 else x
+
+
+def average_gradients(parameters):
+    """Mean of the gradients over all processes, in one all-reduce."""
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def gather_objects(item):
+    """Every process's item, in the order of ranks, on each."""
+    if world_size() == 1:
+        return [item]
+    items = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def from_first(item):
+    """Rank 0's item, on every process."""
+    return gather_objects(item)[0]

@@ -1,0 +1,507 @@
+"""Training, for both phases: batches, one step, validation, the loop, and resuming.
+
+One head or many train on one pass of the trunk; each ends bit for bit as it would alone. Under torchrun every process
+takes its share of the pictures through crops, trunk and feature projection; the projections are gathered, so that batch
+norm and loss see the whole batch, and gradients are averaged: the result of one process, to rounding.
+"""
+
+import inspect
+import json
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import model
+from core import distributed
+from core.checkpoint import mark_finished, save_checkpoint
+from core.files import atomic_write, fingerprint, load_torch, lock, save_torch
+from core.scores import median_r2, r2_score
+from core.settings import progress
+from model import Crops, UserError, autocast, feature_latents, random_boxes, smallest_crop
+
+FORMAT = "training-3"
+# settings that may differ between a run and its continuation
+FREE = ("DATA_DIR", "RUN_DIR", "CHECKPOINT", "DEVICE", "PRECISION", "COMPILE", "OVERWRITE")
+MOST_SKIPPED = 100  # steps in a row that loss scaling may skip; it starts too high and needs some twenty
+IMAGE_KEYS = ("images", "top", "left", "size")
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def sample_order(step, batch_size, n_samples, seed):
+    """Positions (batch_size,) of a step's samples: every epoch a new permutation, batches run across its end.
+
+    Depends on seed and step alone, so that a run can continue anywhere.
+    """
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // n_samples
+    order = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs):
+        shuffled = np.random.default_rng([seed, 1, epoch]).permutation(n_samples)
+        order[epochs == epoch] = shuffled[positions[epochs == epoch] % n_samples]
+    return order
+
+
+class Batches:
+    """Training batches from RAM, the next one prepared while the current one computes.
+
+    Each is a dict of this process's images (n_own, 256, 256, 3) uint8 and boxes (top, left, size), and of the whole
+    batch's subject (n,) and targets: latents z*, residual r*, or activity (n, n_vertices) for a trained embedding.
+    """
+
+    def __init__(self, data, pca, images, settings, device):
+        self.data, self.pca, self.settings, self.device = data, pca, settings, device
+        self.images, self.rows = torch.from_numpy(images), data.samples("train")
+        n, world = settings.BATCH_SIZE, distributed.world_size()
+        at_once = settings.MICRO_BATCH * world or n
+        self.own = np.arange(n).reshape(-1, world, at_once // world)[:, distributed.rank()].ravel()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        shape = (len(self.own), *images.shape[1:])
+        self.buffer = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self.stream else None
+
+    def prepare(self, step):
+        s = self.settings
+        rows = self.rows[sample_order(step, s.BATCH_SIZE, len(self.rows), s.SEED)]
+        boxes = random_boxes(len(rows), s.CROP_SCALE, np.random.default_rng([s.SEED, 2, step]))
+        batch = {"subject": torch.from_numpy(self.data.subject[rows])}
+        batch |= {name: box[self.own] for name, box in zip(IMAGE_KEYS[1:], boxes)}
+        if s.TRAIN_EMBEDDING:
+            batch["activity"] = torch.from_numpy(self.data.read_activity(rows))
+        else:
+            batch |= {"latents": self.pca.latents[rows], "residual": self.pca.residual[rows]}
+        image = torch.from_numpy(self.data.image[rows[self.own]])
+        if self.stream is None:
+            return batch | {"images": self.images[image]}
+        torch.cuda.set_device(self.device)  # threads start on GPU 0
+        torch.index_select(self.images, 0, image, out=self.buffer)
+        with torch.cuda.stream(self.stream):
+            batch = {name: value.pin_memory().to(self.device, non_blocking=True) for name, value in batch.items()}
+            batch["images"] = self.buffer.to(self.device, non_blocking=True)
+            self.stream.synchronize()  # waits in this thread only; the buffer is free again
+        return batch
+
+    def __call__(self, first, last):
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self.prepare, first)
+            for step in range(first, last):
+                batch = coming.result()
+                if step + 1 < last:
+                    coming = pool.submit(self.prepare, step + 1)
+                if self.stream is not None:
+                    for tensor in batch.values():
+                        tensor.record_stream(torch.cuda.current_stream(self.device))
+                yield step, batch
+
+
+def read_pictures(data):
+    """Training pictures (n, 256, 256, 3) uint8 in RAM; several processes of a machine share one mapped copy."""
+    if distributed.world_size() == 1:
+        return data.read_training_images()
+    images = np.load(data.images.filename, mmap_mode="c")[: data.n_training_images]
+    for start in range(0, len(images), 1024):
+        images[start : start + 1024, ::16].sum()  # reads every page in before the first step
+    torch.distributed.barrier()
+    return images
+
+
+# ---- one step ------------------------------------------------------------------------------------
+
+
+def learning_rate(step, s):
+    """Linear warm-up from the minimum, then cosine decay to it (report, Table 2)."""
+    if step < s.WARMUP_STEPS:
+        part = step / s.WARMUP_STEPS
+    else:
+        part = 0.5 * (1 + math.cos(math.pi * (step - s.WARMUP_STEPS) / max(1, s.STEPS - s.WARMUP_STEPS)))
+    return s.MIN_LEARNING_RATE + (s.LEARNING_RATE - s.MIN_LEARNING_RATE) * part
+
+
+def loss_of(head, z, batch):
+    """Mean squared error over samples and vertices; in PCA space (|z - z*|² + r*) / n_vertices.
+
+    A head of the first k components counts the rest of z* with r*. To train with another loss, change this function.
+    """
+    if "activity" in batch:
+        return F.mse_loss(head.decode(z), batch["activity"].float())
+    latents = batch["latents"].float()
+    squared = (z - latents[:, : z.shape[1]]).square().sum(1) + batch["residual"]
+    squared = squared + latents[:, z.shape[1] :].square().sum(1)
+    return squared.mean() / len(head.embed_bias)
+
+
+class Learner:
+    """One encoder, its optimiser and its history. Trains the encoder's parameters that require gradients.
+
+    settings: the stage's constants; name: of the checkpoint in RUN_DIR; made_from: fingerprints of data, PCA and
+    starting checkpoint.
+    """
+
+    def __init__(self, encoder, settings, name, made_from, device, precision):
+        self.encoder, self.settings, self.precision = encoder.to(device), SimpleNamespace(**settings), precision
+        s = self.settings
+        self.output = Path(s.RUN_DIR) / name
+        self.made_with = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in FREE}
+        self.made_with |= made_from | {"precision": str(precision).removeprefix("torch.")}
+        self.source = fingerprint(inspect.getsource(model))
+        if s.TRAIN_EMBEDDING:
+            for name in ("embed_weight", "embed_bias"):  # copies: other heads share the PCA's memory
+                setattr(encoder.head, name, torch.nn.Parameter(getattr(encoder.head, name).detach().clone()))
+        encoder.head.dropout = s.FEATURE_DROPOUT
+        self.trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trainable.values(), lr=s.LEARNING_RATE, betas=s.BETAS, weight_decay=s.WEIGHT_DECAY, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        self.step, self.best, self.saved, self.log, self.failed = 0, -math.inf, False, [], ""
+        self.loss_sum, self.n_losses, self.n_skipped = 0.0, 0, 0
+
+    def active(self):
+        return not self.failed and self.step < self.settings.STEPS
+
+    def accumulate(self, features, part, first, share):
+        """Gradients of one part of the batch, which is share of it. first: number of the part's first sample."""
+        head, device = self.encoder.head, features[0].device
+        generator = torch.Generator(device)
+        seed = np.random.default_rng([self.settings.SEED, 3, self.step, first]).integers(2**62)
+        generator.manual_seed(int(seed))
+        with autocast(device, self.precision):
+            p = head.project(self.encoder.choose(features), generator)
+        z = head.encode(head.combine(distributed.gather_rows(p)), part["subject"])
+        loss = loss_of(head, z, part) * share
+        self.scaler.scale(loss).backward()
+        self.loss = self.loss + loss.detach()
+
+    def update(self, buffers):
+        """The optimiser's step. A step that loss scaling skips leaves no trace: batch norm's buffers go back."""
+        distributed.average_gradients(self.trainable.values())
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.settings)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.scaler.is_enabled() and self.scaler.get_scale() < scale:
+            for buffer, before in zip(self.encoder.head.buffers(), buffers):
+                buffer.copy_(before)
+            self.n_skipped += 1
+        else:
+            self.n_skipped = 0
+            self.loss_sum, self.n_losses = self.loss_sum + self.loss, self.n_losses + 1
+
+    def is_finite(self):
+        return math.isfinite(self.loss) if not self.n_skipped else self.n_skipped < MOST_SKIPPED
+
+    def state(self):
+        """Everything that a continuation needs."""
+        names = ("step", "best", "saved", "log", "failed", "n_losses", "n_skipped")
+        state = {name: getattr(self, name) for name in names} | {"loss_sum": float(self.loss_sum)}
+        state |= {"made_with": self.made_with, "source": self.source, "scaler": self.scaler.state_dict()}
+        frozen = {name for name, p in self.encoder.named_parameters() if not p.requires_grad}
+        weights = {k: v for k, v in self.encoder.state_dict().items() if k not in frozen}
+        weights = {k: v.detach().cpu() for k, v in weights.items() if k in self.trainable or k.startswith("head.")}
+        return state | {"weights": weights, "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state):
+        differing = [k for k in self.made_with | state["made_with"] if self.made_with.get(k) != state["made_with"].get(k)]
+        if differing:
+            lines = [f"{k}: {state['made_with'].get(k)} before, {self.made_with.get(k)} now" for k in differing]
+            raise UserError(f"{self.output.parent} holds a run with other settings ({'; '.join(lines)}): use another "
+                            "RUN_DIR, or --overwrite true to start again.")  # fmt: skip
+        own = self.state()
+        changed = set(own["weights"]) ^ set(state["weights"])
+        if changed:
+            raise UserError(f"the head in model.py has changed since this run began ({', '.join(sorted(changed)[:4])}).")
+        if state["source"] != self.source:
+            print("note: model.py has changed since this run began")
+        for name in ("step", "best", "saved", "log", "failed", "n_losses", "n_skipped", "loss_sum"):
+            setattr(self, name, state[name])
+        self.encoder.load_state_dict(state["weights"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def train_step(learners, crops, batch, micro_batch=0):
+    """One optimiser step of every learner on one batch; crops and trunk run once for all.
+
+    micro_batch: samples per process at a time (gradient accumulation; batch norm sees the micro-batch); 0: all.
+    """
+    encoder, precision = learners[0].encoder, learners[0].precision
+    n, n_own = len(batch["subject"]), len(batch["images"])
+    own_part = micro_batch or n_own
+    part_size = n * own_part // n_own
+    buffers = [[b.clone() for b in l.encoder.head.buffers()] if l.scaler.is_enabled() else [] for l in learners]
+    for learner in learners:
+        learner.encoder.train()
+        learner.loss = 0.0
+    for k in range(n_own // own_part):
+        own = slice(k * own_part, (k + 1) * own_part)
+        images = crops(*(batch[name][own] for name in IMAGE_KEYS))
+        targets = {name: value for name, value in batch.items() if name not in IMAGE_KEYS}
+        part = {name: value[k * part_size : (k + 1) * part_size] for name, value in targets.items()}
+        with autocast(images.device, precision):
+            features = encoder.trunk(images)
+        for learner in learners:
+            learner.accumulate(features, part, k * part_size + distributed.rank() * own_part, part_size / n)
+    for learner, before in zip(learners, buffers):
+        learner.update(before)
+
+
+# ---- validation ----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def validate(encoders, data, images, split, batch_size, precision):
+    """Score encoders that share a trunk -> per encoder {val_loss, val_r2, val_r2_subj01, …}.
+
+    Mean squared error over the common space as in training, median R² over subjects and their existing vertices.
+    Processes share the pictures, then the subjects.
+    """
+    rows = [data.samples(split, s) for s in range(len(data.space.subjects))]
+    pictures = np.unique(data.image[np.concatenate(rows)])
+    rank, world = distributed.rank(), distributed.world_size()
+    own = np.array_split(pictures, world)[rank]
+    latents = [torch.zeros(0, e.head.shared.shape[1]) for e in encoders]
+    if len(own):
+        latents = [h.cpu() for h in feature_latents(encoders, images[own], batch_size, precision)]
+    latents = [torch.cat(parts) for parts in zip(*distributed.gather_objects(latents))]
+    mine = {}
+    for s in range(rank, len(rows), world):
+        if len(rows[s]):
+            device = encoders[0].head.embed_bias.device
+            activity = torch.from_numpy(data.read_activity(rows[s])).to(device)
+            where = np.searchsorted(pictures, data.image[rows[s]])
+            for i, (encoder, h) in enumerate(zip(encoders, latents)):
+                prediction = encoder.predict(h[where].to(device), s)
+                loss = sum(F.mse_loss(p, a.float(), reduction="sum") for p, a in zip(prediction, activity))
+                finite = bool(torch.isfinite(prediction).all())  # else this head fails, not the others with it
+                r2 = r2_score(activity, prediction)[data.space.mask[s]].numpy() if finite else None
+                mine[s, i] = float(loss) if finite else math.nan, r2
+    found = {key: value for part in distributed.gather_objects(mine) for key, value in part.items()}
+    results = []
+    for i in range(len(encoders)):
+        total = sum(found[s, i][0] for s in range(len(rows)) if (s, i) in found)
+        scores = {"val_loss": total / (sum(map(len, rows)) * data.space.n_vertices)}
+        r2 = [found[s, i][1] if (s, i) in found else None for s in range(len(rows))]
+        results.append(scores | median_r2(r2, data.space.subjects, "val_r2"))
+    return results
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+class Run:
+    """The learners of one run on one trunk, and what they share.
+
+    stage: name of state file; settings: constants shared by all learners; tolerant: a learner whose loss is not finite
+    stops while the others go on (search); else it ends the run.
+    """
+
+    def __init__(self, stage, learners, data, pca, settings, tolerant=False):
+        self.stage, self.learners, self.data, self.pca, self.tolerant = stage, learners, data, pca, tolerant
+        self.settings = SimpleNamespace(**settings)
+        self.state_path = Path(self.settings.RUN_DIR) / f"{stage}.state.pt"
+        self.encoders = [learner.encoder for learner in learners]
+        self.precision, self.device = learners[0].precision, self.encoders[0].head.embed_bias.device
+
+    def run(self):
+        """Train to the end, from the last validation of an earlier run with the same settings."""
+        if not distributed.is_first():
+            return self.train()
+        with lock(self.settings.RUN_DIR):
+            self.train()
+
+    def train(self):
+        s = self.settings
+        if self.resume():
+            return
+        if s.COMPILE:
+            self.encoders[0].trunk.compile()
+        images = read_pictures(self.data)
+        batches = Batches(self.data, self.pca, images, s, self.device)
+        crops = Crops(self.encoders[0].trunk, smallest_crop(s.CROP_SCALE), device=self.device)
+        every = s.VALIDATE_EVERY or math.ceil(len(batches.rows) / s.BATCH_SIZE)
+        first, last = self.learners[0].step, max(learner.settings.STEPS for learner in self.learners)
+        self.describe(len(batches.rows), last)
+        if not self.learners[0].log:
+            self.validate(images)
+        with progress(total=last, initial=first, desc=self.stage, unit="step") as bar:
+            for step, batch in batches(first, last):
+                active = [learner for learner in self.learners if learner.active()]
+                if not active:
+                    break
+                train_step(active, crops, batch, s.MICRO_BATCH)
+                bar.update()
+                if (step + 1) % 10 == 0 or step + 1 == last:  # reading the loss waits for the GPU
+                    self.check_losses(active)
+                    bar.set_postfix_str(f"loss {float(active[0].loss):.5f}")
+                ending = any(learner.step == learner.settings.STEPS for learner in active)
+                if (step + 1) % every == 0 or ending:
+                    self.check_losses(active)
+                    self.validate(images)
+        self.conclude()
+
+    def describe(self, n_samples, last):
+        head = self.encoders[0].head
+        trainable = sum(p.numel() for p in self.learners[0].trainable.values())
+        total = sum(p.numel() for p in head.parameters())
+        print(
+            f"{trainable:,} trainable parameters, {total:,} in the head; {n_samples} training samples, {last} steps of "
+            f"{self.settings.BATCH_SIZE}, {str(self.precision).removeprefix('torch.')} on {self.device}"
+        )
+        self.clock, self.clock_step = time.perf_counter(), self.learners[0].step
+
+    def validate(self, images):
+        """Score the learners that train, keep those that are better than before, save the state."""
+        current = [learner for learner in self.learners if not self.is_over(learner)]
+        batch_size = self.settings.MICRO_BATCH or self.settings.BATCH_SIZE
+        encoders = [learner.encoder for learner in current]
+        for learner, scores in zip(current, validate(encoders, self.data, images, "val", batch_size, self.precision)):
+            if not math.isfinite(scores["val_loss"]):
+                self.fail(learner)
+                continue
+            learner.log.append(self.log_entry(learner, scores))
+            learner.loss_sum, learner.n_losses = 0.0, 0
+            if not scores["val_r2"] <= learner.best:
+                learner.best, learner.saved = scores["val_r2"], True
+                self.keep(learner, scores)
+            on_log(learner, learner.log[-1])
+        self.save()
+        self.clock, self.clock_step = time.perf_counter(), self.learners[0].step
+
+    def is_over(self, learner):
+        return bool(learner.failed) or bool(learner.log) and learner.log[-1]["step"] == learner.step
+
+    def log_entry(self, learner, scores):
+        seconds, steps = time.perf_counter() - self.clock, learner.step - self.clock_step
+        train_loss = float(learner.loss_sum) / learner.n_losses if learner.n_losses else None
+        rate = learning_rate(max(0, learner.step - 1), learner.settings)
+        entry = {"step": learner.step, "train_loss": train_loss, "learning_rate": rate, "seconds": round(seconds, 2)}
+        return entry | {"pictures_per_second": round(steps * self.settings.BATCH_SIZE / seconds, 1)} | scores
+
+    def keep(self, learner, scores):
+        if distributed.is_first():
+            save_checkpoint(
+                learner.output, learner.encoder, space=self.data.space, scores=scores, step=learner.step, finished=False,
+                made_with=learner.made_with | {"source": learner.source},
+                train_nsd_ids=self.data.nsd_ids[self.data.image[self.data.samples("train")]],
+            )  # fmt: skip
+
+    def check_losses(self, active):
+        for learner in active:
+            if not learner.failed and not learner.is_finite():
+                self.fail(learner)
+
+    def fail(self, learner):
+        learner.failed = f"the loss is not finite after step {learner.step}: lower LEARNING_RATE."
+        if not self.tolerant:
+            raise UserError(f"{learner.output}: {learner.failed}")
+        print(f"{learner.output}: {learner.failed} The other heads go on.")
+
+    def save(self):
+        if distributed.is_first():
+            save_torch(self.state_path, {"learners": [learner.state() for learner in self.learners]}, FORMAT)
+
+    def resume(self):
+        """Restore an earlier run -> whether it is finished. All ranks have to restore the same step."""
+        if self.state_path.exists() and not self.settings.OVERWRITE:
+            states = load_torch(self.state_path, FORMAT, f"{self.stage}.py")["learners"]
+            if len(states) != len(self.learners):
+                raise UserError(f"{self.state_path} holds {len(states)} heads, not {len(self.learners)}.")
+            for learner, state in zip(self.learners, states):
+                learner.restore(state)
+        elif self.learners[0].output.exists() and not self.settings.OVERWRITE:
+            raise UserError(f"{self.learners[0].output} exists without {self.state_path}: --overwrite true starts again.")
+        elif distributed.is_first():
+            self.state_path.unlink(missing_ok=True)
+            for learner in self.learners:
+                for path in (learner.output, log_path(learner.output), log_path(learner.output).with_suffix(".png")):
+                    path.unlink(missing_ok=True)
+        steps = [learner.step for learner in self.learners]
+        if any(other != steps for other in distributed.gather_objects(steps)):
+            raise UserError(f"the processes restored different steps of {self.state_path}: it is not the same file for all.")
+        finished = not any(learner.active() for learner in self.learners)
+        if finished:
+            print(f"{self.state_path.parent} is finished; --overwrite true trains again")
+            self.conclude()
+        elif any(steps):
+            print(f"continuing after step {max(steps)}")
+        return finished
+
+    def conclude(self):
+        for learner in self.learners:
+            if learner.saved and distributed.is_first():
+                mark_finished(learner.output)
+                if not self.tolerant:
+                    plot_curves(learner.log, log_path(learner.output).with_suffix(".png"))
+                    print(f"wrote {learner.output}: validation median R² {learner.best:.4f}")
+
+
+# ---- log and curves ------------------------------------------------------------------------------
+
+
+def on_log(learner, entry):
+    """Called with every entry of the log: the place to hand them to TensorBoard, W&B or another tracker."""
+    if distributed.is_first():
+        with atomic_write(log_path(learner.output)) as file:  # whole: a killed run may repeat its last validation
+            file.write("".join(json.dumps(each) + "\n" for each in learner.log).encode())
+        print(f"{learner.output.name} step {entry['step']}: val loss {entry['val_loss']:.5f}, median R² {entry['val_r2']:.4f}")
+
+
+def log_path(output):
+    """head.pt -> train_head.jsonl, finetuned.pt -> finetune.jsonl, other checkpoints by their own name."""
+    stem = {"head": "train_head", "finetuned": "finetune"}.get(Path(output).stem, Path(output).stem)
+    return Path(output).with_name(f"{stem}.jsonl")
+
+
+def read_log(path):
+    """One dict per validation."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def curves(log):
+    """Report, Figure 3: {"train", "validation", "r2": (steps, values)}."""
+    names = {"train": "train_loss", "validation": "val_loss", "r2": "val_r2"}
+    entries = {name: [e for e in log if e[key] is not None] for name, key in names.items()}
+    return {name: ([e["step"] for e in entries[name]], [e[key] for e in entries[name]]) for name, key in names.items()}
+
+
+def plot_curves(log, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    series = curves(log)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    left.plot(*series["train"], label="train")
+    left.plot(*series["validation"], label="validation")
+    left.set(xlabel="step", ylabel="mean squared error")
+    left.legend()
+    right.plot(*series["r2"], color="C1")
+    right.set(xlabel="step", ylabel="validation median R²")
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=150, format="png")
+    plt.close(figure)
+
+
+def check_settings(settings):
+    """UserError for settings that would train something else than they say."""
+    s, world = SimpleNamespace(**settings), distributed.world_size()
+    if s.BATCH_SIZE < 2 or s.BATCH_SIZE % world:
+        raise UserError(f"BATCH_SIZE is {s.BATCH_SIZE}, which is not divisible by {world} processes.")
+    if s.MICRO_BATCH and (s.MICRO_BATCH < 2 or s.BATCH_SIZE % (s.MICRO_BATCH * world)):
+        raise UserError(f"BATCH_SIZE {s.BATCH_SIZE} is not divisible by MICRO_BATCH {s.MICRO_BATCH} x {world} processes.")
+    if not 0 <= s.WARMUP_STEPS < s.STEPS:
+        raise UserError(f"WARMUP_STEPS is {s.WARMUP_STEPS}, expected fewer than STEPS, {s.STEPS}.")
+    if not 0 <= s.FEATURE_DROPOUT < 1 or not 0 < s.CROP_SCALE <= 1:
+        raise UserError("FEATURE_DROPOUT has to be in [0, 1), CROP_SCALE in (0, 1].")
+    if len(s.BETAS) != 2 or not all(0 <= beta < 1 for beta in s.BETAS):
+        raise UserError(f"BETAS is {s.BETAS}, expected two numbers in [0, 1).")

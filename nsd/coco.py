@@ -1,0 +1,69 @@
+"""COCO's annotations of NSD's pictures, cropped and scaled to the 425 x 425 px that were shown, as in NSD-Flat."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from scipy import ndimage
+
+SHOWN = 425  # px, side of NSD's pictures
+
+
+def read_annotations(folder, wanted):
+    """Annotations of the wanted pictures {(split, COCO id)}, from folder/{instances,captions}_{train,val}2017.json:
+    {(split, COCO id): {"height", "width", "instances": [], "captions": [], ...}}."""
+    pictures = {}
+    for split in ("train2017", "val2017"):
+        for kind in ("instances", "captions"):
+            content = json.loads((Path(folder) / f"{kind}_{split}.json").read_bytes())
+            categories = {c["id"]: {"category": c["name"], **c} for c in content.get("categories", ())}
+            for picture in content["images"]:
+                if (split, picture["id"]) in wanted:
+                    pictures.setdefault((split, picture["id"]), picture | {"instances": [], "captions": []})
+            for annotation in content["annotations"]:
+                if (split, annotation["image_id"]) in wanted:
+                    category = categories.get(annotation.get("category_id"), {})
+                    pictures[split, annotation["image_id"]][kind].append(category | annotation)
+    return pictures
+
+
+def convert(picture, crop_box):
+    """Annotations of the part of a picture that NSD showed. crop_box: (top, bottom, left, right), fractions cut away.
+    -> objects [{column: value}], captions [str]"""
+    top, bottom, left, right = crop_box
+    size = np.array([picture["width"], picture["height"]])
+    corners = np.array([[left, top], [1 - right, 1 - bottom]]) * size
+    objects = []
+    for instance in picture["instances"]:
+        x, y, w, h = instance["bbox"]
+        (x1, y1), (x2, y2) = crop_points([x, y, x + w, y + h], corners).tolist()
+        outline = instance["segmentation"]
+        if isinstance(outline, dict):
+            runs = coco_mask.frPyObjects(outline, *outline["size"])
+            runs = coco_mask.encode(np.asfortranarray(crop_mask(coco_mask.decode(runs), corners)))
+            segmentation = {"counts": runs["counts"].decode(), "poly": None, "size": [SHOWN, SHOWN]}
+        else:
+            polygons = [crop_points(polygon, corners).ravel().tolist() for polygon in outline]
+            runs = coco_mask.frPyObjects(polygons, SHOWN, SHOWN)[0]  # NSD-Flat has the area of the first part alone
+            segmentation = {"counts": None, "poly": polygons, "size": None}
+        area = int(coco_mask.area(runs))
+        if area:
+            names = ("category", "iscrowd", "supercategory")
+            objects.append({"area": area, "bbox": [x1, y1, x2 - x1, y2 - y1], "target": instance["category_id"]})
+            objects[-1] |= {"segmentation": segmentation, **{name: instance[name] for name in names}}
+    return objects, [annotation["caption"] for annotation in picture["captions"]]
+
+
+def crop_points(points, corners):
+    """points [x, y, x, y, ...] in COCO's pixels, corners (2, 2) -> (n, 2) in NSD's, clipped, to two decimals."""
+    size = np.array([round(float(side)) for side in corners[1] - corners[0]])
+    inside = np.clip(np.reshape(points, (-1, 2)), *corners) - corners[0]
+    return np.round(inside * (SHOWN / size), 2)
+
+
+def crop_mask(mask, corners):
+    """mask (height, width) uint8 -> the part within corners, by nearest neighbours: (425, 425)."""
+    (left, top), (right, bottom) = np.round(corners).astype(int)
+    part = mask[top:bottom, left:right]
+    return ndimage.zoom(part, [SHOWN / side for side in part.shape], order=0, mode="mirror", grid_mode=True)

@@ -1,0 +1,302 @@
+"""Raw NSD -> a challenge folder, derived as the organisers derived theirs: python -m nsd.prepare_nsd
+
+NSD_DIR mirrors the bucket s3://natural-scenes-dataset. CHALLENGE_DIR gets the layout of the downloaded challenge,
+plus the held-out activity and the noise ceilings that the download lacks:
+
+    mask       nsdgeneral and RSC_DIR's retrosplenial mask, without vertices that are NaN in any trial
+    activity   each vertex z-scored over the trials of a session, then averaged over the showings of a picture
+    training   all pictures of the sessions before the last three, by nsd id
+    test       pictures shown only in the last three sessions; of the 1,000 shared ones those with all three
+               showings there, for the subjects who finished (1, 2, 5, 7), none for the others
+    ceiling    ncsnr^2 / (ncsnr^2 + m), m the mean over the test pictures of 1 / (number of showings)
+    ROIs       the subject's own labels, taken to fsaverage through the subject's transform
+
+Each subject's folder is written atomically: a killed run continues with the next subject.
+"""
+
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import nibabel
+import numpy as np
+import scipy.io
+from PIL import Image
+
+import prepare_data
+from core.files import lock, output_folder
+from core.settings import progress, run
+from core.space import HEMIS, N_FSAVERAGE, ROI_GROUPS
+from model import UserError
+
+NSD_DIR: str = "natural-scenes-dataset"  # the downloaded part of s3://natural-scenes-dataset, same paths below it
+RSC_DIR: str = ""  # the organisers' {lh,rh}.nsdgeneralRSC.mgz (CC BY-NC 4.0, with their code); empty: nsdgeneral alone
+CHALLENGE_DIR: str = prepare_data.CHALLENGE_DIR  # output: subj01 to subj08 in the challenge's layout
+SUBJECTS: str = ""  # such as subj01,subj05; empty: all whose betas were downloaded
+N_SESSIONS: tuple[int, ...] = (40, 40, 32, 30, 40, 32, 40, 30)  # of subj01, subj02, ...; the last 3 are the test data
+TRIALS_PER_SESSION: int = 750  # fewer only in miniature data
+OVERWRITE: bool = False  # prepare subjects again that are in CHALLENGE_DIR already
+
+BUCKET = "s3://natural-scenes-dataset"
+EVERYBODY = tuple(f"subj{number:02d}" for number in range(1, 9))
+N_TEST_SESSIONS = 3  # held out by the challenge
+FINISHERS = (1, 2, 5, 7)  # subjects with all 40 sessions: they saw every shared picture three times
+CHALLENGE = {  # sessions, pictures and vertices of subj01 to subj08
+    "n_sessions": (40, 40, 32, 30, 40, 32, 40, 30),
+    "training": (9841, 9841, 9082, 8779, 9841, 9082, 9841, 8779),
+    "test": (159, 159, 293, 395, 159, 293, 159, 395),
+    "lh": (19004, 19004, 19004, 19004, 19004, 18978, 19004, 18981),
+    "rh": (20544, 20544, 20544, 20544, 20544, 20220, 20544, 20530),
+}
+MGH_HEADER = 284  # bytes before the values
+STIMULI = "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5"
+DESIGN = "nsddata/experiments/nsd/nsd_expdesign.mat"
+MASK = "nsddata/freesurfer/fsaverage/label/{}.nsdgeneral.mgz"
+BETAS = "nsddata_betas/ppdata/{}/fsaverage/betas_fithrf_GLMdenoise_RR/{}.betas_session{:02d}.mgh"
+NCSNR = "nsddata_betas/ppdata/{}/fsaverage/betas_fithrf_GLMdenoise_RR/{}.ncsnr.mgh"
+LABEL = "nsddata/freesurfer/{}/label/{}"
+TRANSFORM = "nsddata/ppdata/{}/transforms/{}.white-to-fsaverage.mgz"
+NOTE = "prepare_nsd.json"  # in each subject's folder: settings and counts
+
+
+class Person(NamedTuple):
+    name: str
+    number: int  # 1 to 8
+    shown: np.ndarray  # (n_sessions, n_trials) nsd id of the picture, from 0
+
+
+def choose_subjects(root, subjects, n_sessions):
+    """{name: number of sessions} of the subjects asked for, or of all whose betas are there."""
+    names = sorted(filter(None, re.split(r"[,\s]+", subjects)))
+    names = names or sorted(p.name for p in Path(root).glob("nsddata_betas/ppdata/subj0[1-8]")) or EVERYBODY
+    if set(names) - set(EVERYBODY):
+        raise UserError(f"SUBJECTS is {subjects}, expected some of subj01 to subj08.")
+    return {name: n_sessions[int(name[-2:]) - 1] for name in names}
+
+
+def survey(root, n_sessions, n_trials, labels=True):
+    """Check that all input files are there and whole, before the hours of work -> [Person], nsd ids of the shared
+    pictures (n,). n_sessions: {name: number}; n_trials: in a session; labels: whether to check for ROIs and ncsnr."""
+    root, betas, others = Path(root), [], [STIMULI, DESIGN, *map(MASK.format, HEMIS)]
+    for name, n in n_sessions.items():
+        betas += [BETAS.format(name, hemi, session) for session in range(1, n + 1) for hemi in HEMIS]
+        if labels:
+            others += [path.format(name, hemi) for path in (NCSNR, TRANSFORM) for hemi in HEMIS]
+            others += [LABEL.format(name, f"{hemi}.{group}.mgz") for group in ROI_GROUPS for hemi in HEMIS]
+            others += [LABEL.format(name, f"{group}.mgz.ctab") for group in ROI_GROUPS]
+    require(root, others + betas)
+    for path in betas:
+        check_betas(root / path, n_trials)
+    shown, shared = read_design(root / DESIGN)
+    people = []
+    for name, n in n_sessions.items():
+        number = int(name[-2:])
+        people.append(Person(name, number, shown[number - 1, : n * n_trials].reshape(n, n_trials)))
+    return people, shared
+
+
+def require(root, paths):
+    """Raise UserError with the bucket path of each file that is missing below root."""
+    missing = [path for path in paths if not (Path(root) / path).is_file()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} files are missing in {root}. Download them to the same paths below it, or lower "
+            "N_SESSIONS to the sessions that are there:\n" + "\n".join(f"  {BUCKET}/{path}" for path in missing)
+        )
+
+
+def check_betas(path, n_trials):
+    """Raise UserError unless path has all of n_trials: otherwise all later trials get the wrong pictures."""
+    header, n_bytes = np.fromfile(path, ">i4", 6).tolist(), path.stat().st_size
+    if header != [1, N_FSAVERAGE, 1, 1, n_trials, 3] or n_bytes < MGH_HEADER + 4 * N_FSAVERAGE * n_trials:
+        raise UserError(f"{path} has not all of {n_trials} trials (TRIALS_PER_SESSION): download it again.")
+
+
+def read_design(path):
+    """nsd_expdesign.mat -> nsd id of each planned trial (8, n_trials), of each shared picture (n,); both from 0."""
+    content = scipy.io.loadmat(path)
+    order, pictures, shared = (content[name].astype(np.int64) for name in ("masterordering", "subjectim", "sharedix"))
+    if min(order.min(), pictures.min(), shared.min()) < 1:
+        raise UserError(f"{path}: numbers from 0, expected NSD's numbers from 1; download it again.")
+    return pictures[:, order.ravel() - 1] - 1, shared.ravel() - 1
+
+
+def read_trials(path, n_trials, vertices, at_once=64):
+    """Betas of a session, percent signal change: (n_trials, len(vertices)) float32. Read in pieces, because a mapped
+    file would count as memory."""
+    out = np.empty((n_trials, len(vertices)), np.float32)
+    with open(path, "rb") as file:
+        file.seek(MGH_HEADER)
+        for start in range(0, n_trials, at_once):
+            n = min(at_once, n_trials - start)
+            out[start : start + n] = np.fromfile(file, ">f4", n * N_FSAVERAGE).reshape(n, -1)[:, vertices]
+    if np.isinf(out).any():
+        raise UserError(f"{path}: infinite values; download it again.")
+    return out
+
+
+def zscore(betas, block=4096):
+    """betas (n_trials, n_vertices) float32 of a session, z-scored in place over the trials: in float64, with the
+    population deviation. NaN stays NaN; a constant vertex becomes 0, as with the organisers' StandardScaler."""
+    constant = (betas == betas[0]).all(0)
+    for start in range(0, betas.shape[1], block):  # limits the memory in float64
+        columns = slice(start, start + block)
+        y = betas[:, columns].astype(np.float64)
+        y -= y.mean(0)
+        y /= np.where(constant[columns], 1, np.sqrt(np.square(y).mean(0)))
+        betas[:, columns] = y
+
+
+def read_surface(path):
+    """Values per vertex of an MGH or MGZ file: (n_vertices,)."""
+    return np.asarray(nibabel.load(path).dataobj).ravel()
+
+
+def read_mask(root, rsc_dir):
+    """{hemi: fsaverage vertices (n,)} of nsdgeneral and, if rsc_dir is given, the retrosplenial mask."""
+    vertices = {}
+    for hemi in HEMIS:
+        inside = read_surface(Path(root) / MASK.format(hemi)) > 0  # outside it is 0 or -1
+        if rsc_dir:
+            inside |= read_surface(Path(rsc_dir) / f"{hemi}.nsdgeneralRSC.mgz") > 0
+        vertices[hemi] = np.flatnonzero(inside)
+    if not rsc_dir:
+        print("RSC_DIR is empty: the challenge has 1,564 more vertices, so scores do not compare with its scores")
+    return vertices
+
+
+def read_labels(root, name, group):
+    """{hemi: labels on fsaverage (163842,) int64}, {label: ROI name} of one subject."""
+    labels = {}
+    for hemi in HEMIS:
+        native = read_surface(Path(root) / LABEL.format(name, f"{hemi}.{group}.mgz"))
+        index = read_surface(Path(root) / TRANSFORM.format(name, hemi)).astype(np.int64)
+        if index.min() < 1 or len(index) != N_FSAVERAGE:
+            raise UserError(f"{TRANSFORM.format(name, hemi)}: expected {N_FSAVERAGE} vertices, counted from 1.")
+        labels[hemi] = native[index - 1].astype(np.int64)
+    lines = (Path(root) / LABEL.format(name, f"{group}.mgz.ctab")).read_text().splitlines()
+    pairs = [line.split()[:2] for line in lines if line.strip()]
+    return labels, {int(label): roi for label, roi in pairs}
+
+
+def split_trials(person, shared):
+    """-> training ids (n,), test ids (m,), both sorted, and the row that each trial is averaged into (n_sessions,
+    n_trials): training pictures first, then test pictures; -1: none. shared: nsd ids of the shared pictures."""
+    training, late = np.unique(person.shown[:-N_TEST_SESSIONS]), person.shown[-N_TEST_SESSIONS:]
+    held_out, n_showings = np.unique(late, return_counts=True)
+    allowed = ~np.isin(held_out, shared) | ((n_showings == 3) & (person.number in FINISHERS))
+    test = held_out[allowed & ~np.isin(held_out, training)]
+    rows = np.searchsorted(training, person.shown)
+    rows[-N_TEST_SESSIONS:] = np.where(np.isin(late, test), len(training) + np.searchsorted(test, late), -1)
+    return training, test, rows
+
+
+def average_betas(root, person, hemi, vertices, rows, bar):
+    """Mean z-scored activity of each row, and which vertices are NaN in any trial: (n_rows, n_vertices) float32,
+    (n_vertices,) bool."""
+    n_showings = np.bincount(rows[rows >= 0])
+    means = np.zeros((len(n_showings), len(vertices)), np.float32)
+    missing = np.zeros(len(vertices), bool)
+    for session, session_rows in enumerate(rows, start=1):
+        betas = read_trials(Path(root) / BETAS.format(person.name, hemi, session), len(session_rows), vertices)
+        missing |= np.isnan(betas).any(0)
+        zscore(betas)
+        for row, trial in zip(session_rows, betas):
+            if row >= 0:
+                means[row] += trial
+        bar.update()
+    means /= n_showings[:, None].astype(np.float32)
+    return means, missing
+
+
+def write_subject(root, person, shared, mask, folder):
+    """Write one subject's challenge folder -> {"training", "test", "lh", "rh"}: numbers of pictures and vertices."""
+    training, test, rows = split_trials(person, shared)
+    n_showings = np.bincount(rows[rows >= 0])[len(training) :]  # of the test pictures
+    labels = {group: read_labels(root, person.name, group) for group in ROI_GROUPS}
+    counts = {"training": len(training), "test": len(test)}
+    write_pictures(Path(root) / STIMULI, training, folder / "training_split/training_images", "train")
+    write_pictures(Path(root) / STIMULI, test, folder / "test_split/test_images", "test")
+    for name in ("training_split/training_fmri", "test_split/test_fmri", "test_split/noise_ceiling", "roi_masks"):
+        (folder / name).mkdir()
+    with progress(total=len(HEMIS) * len(rows), desc=f"{person.name}: betas", unit="session") as bar:
+        for hemi in HEMIS:
+            means, missing = average_betas(root, person, hemi, mask[hemi], rows, bar)
+            vertices = mask[hemi][~missing]
+            counts[hemi] = len(vertices)
+            activity = np.compress(~missing, means, axis=1)
+            np.save(folder / f"training_split/training_fmri/{hemi}_training_fmri.npy", activity[: len(training)])
+            if len(test):
+                np.save(folder / f"test_split/test_fmri/{hemi}_test_fmri.npy", activity[len(training) :])
+                signal = read_surface(Path(root) / NCSNR.format(person.name, hemi))[vertices].astype(np.float64) ** 2
+                ceiling = signal / (signal + np.mean(1 / n_showings))
+                np.save(folder / f"test_split/noise_ceiling/{hemi}_noise_ceiling.npy", ceiling)
+            inside = np.bincount(vertices, minlength=N_FSAVERAGE)
+            np.save(folder / f"roi_masks/{hemi}.all-vertices_fsaverage_space.npy", inside)
+            for group, (areas, _) in labels.items():
+                np.save(folder / f"roi_masks/{hemi}.{group}_fsaverage_space.npy", areas[hemi] * inside)
+                np.save(folder / f"roi_masks/{hemi}.{group}_challenge_space.npy", areas[hemi][vertices])
+    for group, (_, names) in labels.items():
+        np.save(folder / f"roi_masks/mapping_{group}.npy", names)  # a pickled dict, as in the challenge
+    return counts
+
+
+def write_pictures(path, nsd_ids, folder, prefix, at_once=128):
+    """PNGs of NSD's pictures nsd_ids, sorted. at_once: how many are in memory."""
+    folder.mkdir(parents=True)
+    with (
+        h5py.File(path, locking=False) as file,  # network file systems may have no locks
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow encodes outside Python's lock
+        progress(total=len(nsd_ids), desc=f"{folder.name}: pictures", unit="picture") as bar,
+    ):
+        for start in range(0, len(nsd_ids), at_once):
+            ids = nsd_ids[start : start + at_once].tolist()
+            pictures = [Image.fromarray(file["imgBrick"][i]) for i in ids]
+            names = [f"{prefix}-{row:04d}_nsd-{i:05d}.png" for row, i in enumerate(ids, start + 1)]
+            list(pool.map(Image.Image.save, pictures, [folder / name for name in names]))
+            bar.update(len(ids))
+
+
+def read_note(folder, settings):
+    """The note of a finished subject; UserError if other settings made it."""
+    note = json.loads((folder / NOTE).read_text()) if (folder / NOTE).is_file() else {}
+    if settings.items() - note.items():
+        raise UserError(f"{folder} was made with {note}, now {settings}; set OVERWRITE or choose another CHALLENGE_DIR")
+    print(f"{folder} is finished already")
+    return note
+
+
+def report(notes):
+    """Print numbers of sessions, pictures and vertices, the challenge's in brackets. notes: {name: note}."""
+    print("subject " + "".join(f"{key + ' (challenge)':>23}" for key in CHALLENGE))
+    for name, note in sorted(notes.items()):
+        pairs = [(note[key], counts[int(name[-2:]) - 1]) for key, counts in CHALLENGE.items()]
+        print(f"{name:8}" + "".join(f"{n:14} ({expected:6})" for n, expected in pairs))
+
+
+def main():
+    output, notes = Path(CHALLENGE_DIR), {}
+    settings = {"n_trials": TRIALS_PER_SESSION, "retrosplenial": bool(RSC_DIR)}
+    todo = choose_subjects(NSD_DIR, SUBJECTS, N_SESSIONS)
+    for name in [name for name in todo if (output / name).exists() and not OVERWRITE]:
+        notes[name] = read_note(output / name, settings | {"n_sessions": todo.pop(name)})
+    people, shared = survey(NSD_DIR, todo, TRIALS_PER_SESSION) if todo else ([], [])
+    mask = read_mask(NSD_DIR, RSC_DIR) if todo else {}
+    with lock(output):
+        for killed in output.glob(".part-????????"):  # what a killed run was writing
+            shutil.rmtree(killed)
+        for person in people:
+            with output_folder(output / person.name, overwrite=OVERWRITE, marker=NOTE) as folder:
+                counts = write_subject(NSD_DIR, person, shared, mask, folder)
+                notes[person.name] = settings | {"n_sessions": len(person.shown)} | counts
+                (folder / NOTE).write_text(json.dumps(notes[person.name]))
+    report(notes)
+
+
+if __name__ == "__main__":
+    run(main, globals())

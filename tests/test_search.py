@@ -1,0 +1,359 @@
+"""Many heads on one trunk, the search, and the comparison of trunks."""
+
+import json
+import shlex
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+import torch
+from optuna.trial import TrialState
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+
+import fit_pca
+import prepare_data
+import train_head
+from core import training
+from core.checkpoint import load_checkpoint
+from core.settings import constants, parse
+from core.space import Space
+from model import Crops, Trunk, UserError, trunk_outputs
+from tests.conftest import TINY, assert_equal, run_process, run_stage
+from tools import compare_trunks, ridge, search
+
+N_PICTURES, N_LH, N_VERTICES = 120, 20, 36
+TRAINING = dict(TRUNK=TINY, PRETRAINED=False, IMAGE_SIZE=56, BATCH_SIZE=32, PRECISION="float32", DEVICE="cpu", SEED=7)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """Prepared data and PCA of three people who saw overlapping pictures, whose colours drive the activity."""
+    folder = tmp_path_factory.mktemp("search") / "data"
+    rng = np.random.default_rng(0)
+    colours = rng.uniform(0, 1, (N_PICTURES, 3))
+    images = np.rint(255 * np.clip(colours[:, None, None] + rng.normal(0, 0.1, (N_PICTURES, 256, 256, 3)), 0, 1))
+    seen = [np.arange(80), np.arange(30, 110), np.arange(40, 120)]
+    mask = np.ones((3, N_VERTICES), bool)
+    mask[1, 5:8], mask[2, 30:] = False, False
+    labels = np.stack([rng.permutation(np.repeat([0, 1, 2], N_VERTICES // 3)) for _ in seen]).astype(np.int16)
+    streams = {"names": {0: "Unknown", 1: "early", 2: "ventral"}, "labels": torch.from_numpy(labels * mask)}
+    vertices = torch.cat([torch.arange(N_LH), torch.arange(N_VERTICES - N_LH)])
+    subjects = ["subj01", "subj02", "subj05"]
+    space = Space(subjects, vertices, N_LH, torch.from_numpy(mask), {"streams": streams})
+    tuning = rng.normal(0, 1, (3, 3, N_VERTICES)) + 2 * rng.normal(0, 1, (3, N_VERTICES))
+    activity = [(colours[own] - 0.5) @ tuning[s] * mask[s] for s, own in enumerate(seen)]
+    activity = np.concatenate(activity)
+    activity = activity / activity.std() + rng.normal(0, 0.7, activity.shape) * np.repeat(mask, 80, axis=0)
+    split = prepare_data.split_pictures(np.stack([np.isin(np.arange(N_PICTURES), own) for own in seen], 1), 0)
+    image = np.concatenate(seen)
+    samples = {
+        "subject": np.repeat([0, 1, 2], 80), "image": image, "split": split[image], "test_subject": [], "test_image": []
+    }  # fmt: skip
+    prepare_data.write_prepared(
+        folder, space=space, samples=samples, nsd_ids=1000 + np.arange(N_PICTURES), n_training_images=N_PICTURES,
+        activity=[activity], images=images.astype(np.uint8), splits="pictures", made_with={},
+    )  # fmt: skip
+    run_stage(fit_pca, DATA_DIR=folder, PCA_DIM=16, DEVICE="cpu")
+    return folder
+
+
+# ---- many heads on one trunk ---------------------------------------------------------------------
+
+
+def assert_same_head(path, other):
+    assert_equal(*(load_checkpoint(p)[0].head.state_dict() for p in (path, other)))
+
+
+def test_heads_together_end_as_each_alone(fitted, tmp_path):
+    """Bit for bit, whatever they differ in."""
+    shared = constants(vars(train_head)) | TRAINING | dict(DATA_DIR=fitted, STEPS=11, VALIDATE_EVERY=4, WARMUP_STEPS=2)
+    differing = [
+        dict(LEARNING_RATE=0.01, LAYERS="0,2", FEATURE_DROPOUT=0.3, LATENT_DIM=16),
+        dict(LEARNING_RATE=0.03, LAYERS="1", FEATURE_DROPOUT=0.0, LATENT_DIM=8, PCA_DIM=10),
+        dict(LEARNING_RATE=0.02, LAYERS="1,2", LATENT_DIM=16, WEIGHT_DECAY=0.3, BETAS=(0.8, 0.9)),
+    ]
+    settings = [shared | own | dict(RUN_DIR=str(tmp_path / "together")) for own in differing]
+    data = prepare_data.load(fitted)
+    pca = fit_pca.load(fitted, data)
+    trunk = Trunk(TINY, "0,1,2", image_size=56, pretrained=False, seed=7)
+    learners = [
+        train_head.new_learner(trunk, s, f"{i}.pt", data, pca, torch.device("cpu"), torch.float32)
+        for i, s in enumerate(settings)
+    ]
+    training.Run("together", learners, data, pca, settings[0], tolerant=True).run()
+    for i, own in enumerate(settings):
+        run_stage(train_head, **own | dict(RUN_DIR=str(tmp_path / f"alone_{i}")))
+        assert_same_head(tmp_path / f"together/{i}.pt", tmp_path / f"alone_{i}/head.pt")
+
+
+# ---- the search ----------------------------------------------------------------------------------
+
+RANGES = dict(
+    LEARNING_RATE_RANGE=(1e-3, 3e-2), WEIGHT_DECAY_RANGE=(0.01, 1.0), FEATURE_DROPOUT_RANGE=(0.0, 0.9),
+    LATENT_DIM_RANGE=(8, 32), PCA_DIM_RANGE=(4, 16), LAYERS_CHOICES="0,1; 0",
+)  # fmt: skip
+SEARCH = TRAINING | RANGES | dict(STEPS=12, VALIDATE_EVERY=12)
+
+
+def trials_of(folder):
+    storage = optuna.storages.JournalStorage(search.JournalFileBackend(str(folder / "study.journal")))
+    return optuna.load_study(storage=storage, study_name="search").get_trials()
+
+
+def assert_is_best(folder, trials, fitted, tmp_path):
+    """head.pt is the best complete trial's, as train_head.py trains it with the constants of that row."""
+    best = max((t for t in trials if t.state == TrialState.COMPLETE), key=lambda t: t.value)
+    made = load_checkpoint(folder / "head.pt")[2]
+    assert made["scores"]["val_r2"] == best.value and made["finished"]
+    values = best.params | dict(MIN_LEARNING_RATE=best.params["LEARNING_RATE"] / 20, WARMUP_STEPS=0)
+    values |= TRAINING | dict(STEPS=12, VALIDATE_EVERY=12, DATA_DIR=fitted, RUN_DIR=tmp_path / "single")
+    run_stage(train_head, **values)
+    assert_same_head(tmp_path / "single/head.pt", folder / "head.pt")
+    return best
+
+
+def test_search(fitted, tmp_path, capsys, monkeypatch):
+    """Finds a trial better than the first; a diverged one fails; the study continues, and is not mixed with others."""
+    is_finite = training.Learner.is_finite
+    diverged = "trial-0003.pt"
+    monkeypatch.setattr(training.Learner, "is_finite", lambda self: self.output.name != diverged and is_finite(self))
+    settings = SEARCH | dict(DATA_DIR=fitted, HEADS=2, LEARNING_RATE_RANGE=(5e-4, 3e-2))
+    folder = tmp_path / "study"
+    run_stage(search, **settings, RUN_DIR=folder, TRIALS=2)
+    run_stage(search, **settings, RUN_DIR=folder, TRIALS=7)
+    trials = trials_of(folder)
+    assert trials[0].params == dict(LEARNING_RATE=6e-4, WEIGHT_DECAY=0.8, FEATURE_DROPOUT=0.9, PCA_DIM=16,
+                                    LATENT_DIM=trials[0].params["LATENT_DIM"], LAYERS=trials[0].params["LAYERS"])
+    states = [trial.state for trial in trials]
+    assert len(trials) == 7 and states[3] == TrialState.FAIL and states.count(TrialState.COMPLETE) == 6
+    best = assert_is_best(folder, trials, fitted, tmp_path)
+    assert best.number > 0
+    table = pd.read_csv(folder / "search.csv")
+    assert table["trial"].tolist() == list(range(7)) and table["state"].tolist() == [s.name for s in states]
+    assert table["val_r2"].isna().tolist() == [s == TrialState.FAIL for s in states]
+    row = table.loc[table["val_r2"].idxmax()]
+    assert row["LEARNING_RATE"] == best.params["LEARNING_RATE"] and str(row["LAYERS"]) == best.params["LAYERS"]
+    assert {path.name for path in folder.iterdir()} == {"head.pt", "search.csv", "study.journal"}
+    assert f"best: trial {best.number}" in capsys.readouterr().out
+
+    run_stage(search, **settings, RUN_DIR=folder, TRIALS=7)  # finished: nothing is trained
+    assert len(trials_of(folder)) == 7
+    with pytest.raises(UserError, match="STEPS 12, now 13"):
+        run_stage(search, **settings | dict(STEPS=13), RUN_DIR=folder, TRIALS=7)
+    with pytest.raises(UserError, match="head.pt of another run"):
+        run_stage(search, **settings, RUN_DIR=tmp_path / "single", TRIALS=7)
+    run_stage(search, **settings | dict(STEPS=13), RUN_DIR=folder, TRIALS=2, OVERWRITE=True)
+    assert len(trials_of(folder)) == 2
+    assert load_checkpoint(folder / "head.pt")[2]["made_with"]["STEPS"] == 13
+
+
+def test_processes_share_a_study_and_a_killed_round_does_not_count(fitted, tmp_path):
+    settings = SEARCH | dict(DATA_DIR=fitted, RUN_DIR=tmp_path / "study", HEADS=2, TRIALS=6)
+    second_round = ("core.training", "train_step", 15)
+    assert run_process("tools/search.py", dies_at=second_round, **settings)[0] == -signal.SIGKILL
+    assert [t.state for t in trials_of(tmp_path / "study")] == [TrialState.COMPLETE] * 2 + [TrialState.RUNNING] * 2
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(lambda _: run_process("tools/search.py", **settings), range(2)))
+    assert [code for code, _ in ends] == [0, 0], ends
+    trials = trials_of(tmp_path / "study")
+    states = [t.state for t in trials]
+    assert states.count(TrialState.COMPLETE) == 6 and states.count(TrialState.RUNNING) == 2
+    assert len({tuple(t.params.items()) for t in trials}) == 8
+    assert_is_best(tmp_path / "study", trials, fitted, tmp_path)
+    assert not list((tmp_path / "study").glob("round-*")) and not (tmp_path / "study/.lock").exists()
+
+
+def test_search_learns_from_its_trials(fitted, tmp_path, monkeypatch):
+    """On a known objective most trials of the third round are near the optimum, unlike those of the random first."""
+
+    def new_learner(trunk, settings, name, *_):
+        rate, decay = np.log10(settings["LEARNING_RATE"]), np.log10(settings["WEIGHT_DECAY"])
+        output = tmp_path / name
+        output.write_text(name)
+        return SimpleNamespace(best=0.3 - (rate + 2) ** 2 - (decay + 1) ** 2 / 4, failed="", output=output)
+
+    monkeypatch.setattr(train_head, "new_learner", new_learner)
+    monkeypatch.setattr(training, "Run", lambda *_, **__: SimpleNamespace(run=lambda: None))
+    settings = SEARCH | dict(DATA_DIR=fitted, LATENT_DIM_RANGE=(16, 16), LEARNING_RATE_RANGE=(1e-4, 1e-1))
+    run_stage(search, **settings, RUN_DIR=tmp_path / "study", TRIALS=24, HEADS=8)
+    values = [trial.value for trial in trials_of(tmp_path / "study")]
+    assert np.median(values[16:]) > np.median(values[:8]) + 0.4
+    best = int(np.argmax(values))
+    assert (tmp_path / "study/head.pt").read_text() == f"trial-{best:04d}.pt"
+    assert (tmp_path / "study/search_importance.png").exists()
+
+
+def test_winner_is_trained_in_full(tmp_path):
+    """With the report's shares: warm-up of a twentieth of the steps, down to a twentieth of the learning rate."""
+    found = dict(LEARNING_RATE=0.004, WEIGHT_DECAY=0.3, LATENT_DIM=96, LAYERS="1,2")
+    words = shlex.split(search.winner_command(found, tmp_path / "a b"))
+    options = {name.removeprefix("--").upper(): text for name, text in zip(words[2::2], words[3::2])}
+    kinds = train_head.__annotations__
+    wanted = found | dict(STEPS=5000, WARMUP_STEPS=250, MIN_LEARNING_RATE=0.0002, RUN_DIR=f"{tmp_path}/a b_full")
+    for name, value in wanted.items():  # defaults of train_head.py are left out
+        parsed = parse(name, options[name], kinds[name]) if name in options else getattr(train_head, name)
+        assert parsed == pytest.approx(value) if isinstance(value, float) else parsed == value, name
+
+
+# ---- the comparison of trunks --------------------------------------------------------------------
+
+OTHER = "vit_tiny_patch16_224.augreg_in21k"
+TRUNKS = TRAINING | dict(IMAGE_SIZE=112, LAYERS="0", LATENT_DIM=16, LEARNING_RATE=0.03, STEPS=30, VALIDATE_EVERY=5,
+                         FEATURE_DROPOUT=0.2, SEEDS=2, RESAMPLES=20)  # fmt: skip
+del TRUNKS["TRUNK"]
+
+
+@pytest.fixture(scope="module")
+def compared(fitted, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trunks")
+    run_stage(compare_trunks, **TRUNKS, DATA_DIR=fitted, RUN_DIR=folder, TRUNKS=(TINY, OTHER))
+    return folder
+
+
+def ridge_features(trunk, data):
+    """Class token and mean patch token of every training picture, by numpy."""
+    images = torch.from_numpy(np.array(data.images[: data.n_training_images]))
+    [tokens] = trunk_outputs(trunk, images, [lambda features: features[0]])
+    return np.concatenate([tokens[:, 0], tokens[:, trunk.n_prefix :].mean(1)], axis=1).astype(np.float64)
+
+
+def expected_predictions(folder, data):
+    """{(method, seed): per subject (n_val_samples, n_vertices of the subject)}, by scikit-learn and predict()."""
+    heads = [load_checkpoint(folder / TINY / f"seed-{i}.pt")[0] for i in range(2)]
+    features = ridge_features(heads[0].trunk, data)
+    crops = Crops(heads[0].trunk)
+    predictions = {("head", 0): [], ("head", 1): [], ("ridge", 0): []}
+    for s in range(3):
+        mask, train, val = data.space.mask[s].numpy(), data.samples("train", s), data.samples("val", s)
+        images = crops.whole(torch.from_numpy(np.array(data.images[data.image[val]])))
+        for i, encoder in enumerate(heads):
+            with torch.no_grad():
+                z = encoder(images, torch.full((len(val),), s))
+            predictions["head", i].append(encoder.head.decode(z).detach().numpy()[:, mask])
+        x = features[data.image[train]]
+        mean, deviation = x.mean(0), x.std(0)
+        penalties = ridge.PENALTIES if hasattr(ridge, "PENALTIES") else ridge.penalties
+        model = RidgeCV(np.array(penalties) * x.shape[1], alpha_per_target=True)
+        model.fit((x - mean) / deviation, data.read_activity(train)[:, mask].astype(np.float64))
+        predictions["ridge", 0].append(model.predict((features[data.image[val]] - mean) / deviation))
+    return predictions
+
+
+def test_trunk_table_against_an_independent_computation(compared, fitted):
+    """Scores of the best checkpoints, ridge fitted on training samples, streams, and resamples of pictures."""
+    data = prepare_data.load(fitted)
+    rows = json.loads((compared / TINY / "scores.json").read_text())["rows"]
+    logs = [training.read_log(compared / TINY / f"seed-{i}.jsonl") for i in range(2)]
+    assert any(max(entry["val_r2"] for entry in log) > log[-1]["val_r2"] + 1e-3 for log in logs)  # the best is not last
+    val = [data.samples("val", s) for s in range(3)]
+    activity = [data.read_activity(own)[:, data.space.mask[s]].astype(np.float64) for s, own in enumerate(val)]
+    labels = data.space.rois["streams"]["labels"].numpy()
+    pictures = sorted({int(image) for own in val for image in data.image[own]})
+    n = len(pictures)
+    counts = np.random.default_rng(TRAINING["SEED"]).multinomial(n, np.full(n, 1 / n), TRUNKS["RESAMPLES"])
+    predictions = expected_predictions(compared, data)
+    assert [(row["method"], row["seed"]) for row in rows] == list(predictions)
+    for row in rows:
+        prediction = predictions[row["method"], row["seed"]]
+        scores = [r2_score(y, p, multioutput="raw_values") for y, p in zip(activity, prediction)]
+        assert row["val_r2"] == pytest.approx(np.median(np.concatenate(scores)), abs=1e-3)
+        for label, name in ((1, "early"), (2, "ventral")):
+            inside = [scores[s][labels[s][data.space.mask[s]] == label] for s in range(3)]
+            assert row[f"val_r2_{name}"] == pytest.approx(np.median(np.concatenate(inside)), abs=1e-3)
+        for draw, value in zip(counts, row["resampled"], strict=True):
+            resampled = []
+            for s in range(3):
+                times = [draw[pictures.index(image)] for image in data.image[val[s]]]
+                chosen = np.repeat(np.arange(len(times)), times)
+                if len(set(chosen)) > 1:
+                    resampled.append(r2_score(activity[s][chosen], prediction[s][chosen], multioutput="raw_values"))
+            assert value == pytest.approx(np.median(np.concatenate(resampled)), abs=2e-3)
+
+
+def test_trunks_csv(compared):
+    table = pd.read_csv(compared / "trunks.csv")
+    lines = sorted(zip(table["trunk"], table["method"]))
+    assert lines == [(trunk, method) for trunk in (TINY, OTHER) for method in ("head", "ridge")]
+    assert table["val_r2"].is_monotonic_decreasing and table["report"].isna().all()
+    for line in table.itertuples():
+        found = json.loads((compared / line.trunk / "scores.json").read_text())["rows"]
+        found = [row for row in found if row["method"] == line.method]
+        values = [row["val_r2"] for row in found]
+        assert line.n_seeds == len(values) and line.val_r2 == pytest.approx(np.mean(values))
+        assert line.val_r2_early == pytest.approx(np.mean([row["val_r2_early"] for row in found]))
+        assert np.isnan(line.deviation) or line.deviation == pytest.approx(np.std(values, ddof=1))
+        assert line.low <= line.difference <= line.high
+    assert (compared / "trunks.png").exists()
+
+
+def test_finished_trunks_are_kept(compared, fitted, capsys):
+    """And other settings refused; names are checked before anything trains."""
+    checkpoint = compared / TINY / "seed-1.pt"
+    before, table = checkpoint.stat().st_mtime_ns, (compared / "trunks.csv").read_bytes()
+    settings = TRUNKS | dict(DATA_DIR=fitted, RUN_DIR=compared)
+    run_stage(compare_trunks, **settings, TRUNKS=(TINY,))  # the others stay in the table
+    assert checkpoint.stat().st_mtime_ns == before and (compared / "trunks.csv").read_bytes() == table
+    assert "too short to compare" in capsys.readouterr().out
+    made = [load_checkpoint(compared / TINY / f"seed-{i}.pt")[2]["made_with"] for i in range(2)]
+    assert {name for name in made[0] if made[0][name] != made[1][name]} == {"SEED"}
+    with pytest.raises(UserError, match="STEPS 30, now 7"):
+        run_stage(compare_trunks, **settings | dict(STEPS=7), TRUNKS=(TINY,))
+    with pytest.raises(UserError, match=r"(?s)blocks 0 to 11.*vit_nothing"):
+        settings |= dict(LAYERS="12", RUN_DIR=compared / "new")
+        run_stage(compare_trunks, **settings, TRUNKS=(TINY, "vit_nothing"))
+    assert not (compared / "new").exists()
+
+
+def test_a_trunk_that_fails_leaves_the_others(fitted, tmp_path, monkeypatch):
+    create = compare_trunks.Trunk
+
+    def without_weights(name, *arguments, pretrained=True, **options):
+        if name == OTHER and pretrained:
+            raise UserError("no pretrained weights")
+        return create(name, *arguments, **options | dict(pretrained=False))
+
+    monkeypatch.setattr(compare_trunks, "Trunk", without_weights)
+    settings = TRUNKS | dict(DATA_DIR=fitted, PRETRAINED=True, SEEDS=1, STEPS=2, RIDGE=False)
+    with pytest.raises(UserError, match=f"{OTHER}: no pretrained weights"):
+        run_stage(compare_trunks, **settings, RUN_DIR=tmp_path, TRUNKS=(OTHER, TINY))
+    assert pd.read_csv(tmp_path / "trunks.csv")["trunk"].tolist() == [TINY]
+
+
+def test_differences_between_trunks_are_paired():
+    """Resamples that move two trunks alike leave their difference as it is; the ends are low and high."""
+    moves = np.random.default_rng(0).normal(0, 0.1, 1000)
+
+    def rows(value, scatter):
+        resampled = value + moves + np.random.default_rng(1).gamma(1, scatter, 1000)
+        return [{"method": "head", "seed": 0, "val_r2": value, "val_r2_early": value, "resampled": resampled.tolist()}]
+
+    table = compare_trunks.summarise({"b": rows(0.1, 0), "a": rows(0.2, 0), "c": rows(0.19, 0.01)})
+    assert table["trunk"].tolist() == ["a", "c", "b"]
+    assert (table[["difference", "low", "high"]].iloc[0] == 0).all()
+    assert table["low"][1] == pytest.approx(-0.01 + 0.01 * (np.log(1 / 0.975) - np.log(2)), abs=0.001)
+    assert table["high"][1] == pytest.approx(-0.01 + 0.01 * (np.log(1 / 0.025) - np.log(2)), abs=0.005)
+    assert table["low"][2] == pytest.approx(-0.1) and table["high"][2] == pytest.approx(-0.1)
+
+
+def test_reports_numbers_stand_beside_its_settings_only(monkeypatch):
+    def data(n_subjects):
+        return SimpleNamespace(space=SimpleNamespace(subjects=[""] * n_subjects))
+
+    pca = SimpleNamespace(components=torch.empty(1, 2048))
+    assert compare_trunks.has_report_settings(data(8), pca)
+    assert not compare_trunks.has_report_settings(data(2), pca)
+    assert not compare_trunks.has_report_settings(data(8), SimpleNamespace(components=torch.empty(1, 64)))
+    for name, value in dict(STEPS=1000, LAYERS="0,2,4", IMAGE_SIZE=448, LEARNING_RATE=1e-3, PCA_DIM=64).items():
+        with monkeypatch.context() as patch:
+            patch.setattr(compare_trunks, name, value)
+            assert not compare_trunks.has_report_settings(data(8), pca), name
+    rows = [{"method": m, "seed": 0, "val_r2": 0.2, "resampled": [0.2]} for m in ("head", "ridge")]
+    results = {"vit_base_patch16_224.mae": rows, TINY: rows}
+    for with_report, expected in ((True, [0.1832]), (False, [])):
+        table = compare_trunks.summarise(results, with_report)
+        assert table["report"].dropna().tolist() == expected

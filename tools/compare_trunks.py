@@ -1,0 +1,279 @@
+"""The report's Table 4: the head on different trunks, trained on a short schedule, beside ridge regression.
+
+Reads DATA_DIR (prepared data, PCA). Writes to RUN_DIR: trunks.csv, one row per trunk and method; trunks.png; and per
+trunk a folder with its best checkpoints and scores.json. Trunks that are there already are not trained again.
+
+SEEDS heads per trunk are trained together on the same batches and crops; they differ in initialisation and dropout.
+"ridge" is the usual approach on the same trunk: one ridge regression per subject (tools/ridge.py) on the class token
+and mean patch token of the same layers, whole training pictures, penalty by leave-one-out. All scores are those of the
+validation split, on which the heads' checkpoints are chosen: theirs are slightly optimistic, ridge's are not.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+
+import fit_pca
+import prepare_data
+import train_head
+from core import training
+from core.checkpoint import load_checkpoint
+from core.files import atomic_write, lock
+from core.scores import median, r2_score
+from core.settings import choose_device, choose_precision, constants, run
+from model import Encoder, Trunk, UserError, feature_latents, parse_layers, trunk_outputs
+from tools import ridge
+
+TABLE_4 = {  # median R² (report)
+    "vit_base_patch16_224.mae": 0.1832,
+    "vit_base_patch16_224.dino": 0.1863,
+    "vit_base_patch16_224.augreg_in21k_ft_in1k": 0.1922,
+    "vit_base_patch16_clip_224.openai": 0.1958,
+    "vit_base_patch14_dinov2.lvd142m": 0.1968,
+    "vit_base_patch16_clip_224.laion2b": 0.1971,
+    "beitv2_base_patch16_224.in1k_ft_in22k": 0.1984,
+    "eva02_base_patch14_224.mim_in22k": 0.2019,
+    "eva02_base_patch16_clip_224.merged2b": 0.2023,
+}
+TABLE_4_SETTINGS = {  # (report, Tables 1, 2 and 4); its numbers are shown beside ours only with these
+    "STEPS": 1250, "BATCH_SIZE": 512, "IMAGE_SIZE": 224, "LATENT_DIM": 1024, "LEARNING_RATE": 6e-4,
+    "MIN_LEARNING_RATE": 3e-5, "BETAS": (0.9, 0.99), "WEIGHT_DECAY": 0.8, "FEATURE_DROPOUT": 0.9, "CROP_SCALE": 0.8,
+    "PRETRAINED": True, "TRAIN_EMBEDDING": False,
+}  # fmt: skip
+
+DATA_DIR: str = "data"  # prepared data and PCA
+RUN_DIR: str = "runs/trunks"  # table, figure and one folder per trunk
+TRUNKS: tuple[str, ...] = tuple(TABLE_4)  # timm names, separated by commas (report, Table 4)
+SEEDS: int = 3  # heads per trunk
+RIDGE: bool = True  # false: without ridge regression
+
+LAYERS: str = train_head.LAYERS  # blocks, the same for all trunks
+PRETRAINED: bool = True  # false: random weights, for tests
+IMAGE_SIZE: int = train_head.IMAGE_SIZE  # px, input of the trunk
+LATENT_DIM: int = train_head.LATENT_DIM  # of the head, as in train_head.py
+PCA_DIM: int = train_head.PCA_DIM  # components used; 0: all
+LEARNING_RATE: float = train_head.LEARNING_RATE  # peak, then cosine decay
+MIN_LEARNING_RATE: float = train_head.MIN_LEARNING_RATE  # at the end
+BETAS: tuple[float, ...] = train_head.BETAS  # AdamW
+WEIGHT_DECAY: float = train_head.WEIGHT_DECAY  # on everything trainable
+FEATURE_DROPOUT: float = train_head.FEATURE_DROPOUT  # of single trunk features
+CROP_SCALE: float = train_head.CROP_SCALE  # smallest area of the random square crop
+BATCH_SIZE: int = train_head.BATCH_SIZE  # samples per optimiser step
+MICRO_BATCH: int = 0  # samples at a time; 0: the whole batch
+STEPS: int = 1250  # per head, a twentieth of them warm-up (report, Table 4)
+VALIDATE_EVERY: int = 0  # steps; 0: once per epoch
+SEED: int = 0  # of order and crops, and of the first head; the others count up
+RESAMPLES: int = 500  # of the validation pictures, for the intervals
+PRECISION: str = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
+DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
+OVERWRITE: bool = False  # train trunks again that RUN_DIR already contains
+
+NOT_COMPARED = {*training.FREE, "TRUNKS"}  # between runs that share a table
+
+
+def head_settings(name, run_dir, seed):
+    """train_head.py's constants for one head."""
+    own = {key: value for key, value in constants(globals()).items() if hasattr(train_head, key)}
+    own |= {"TRUNK": name, "RUN_DIR": str(run_dir), "SEED": seed, "WARMUP_STEPS": STEPS // 20}
+    return constants(vars(train_head)) | own
+
+
+def check_trunks():
+    """Refuse names that timm does not have and trunks without the layers, before the first one trains."""
+    problems = []
+    for name in TRUNKS:
+        try:
+            with torch.device("meta"):
+                Trunk(name, LAYERS, image_size=IMAGE_SIZE, pretrained=False)
+        except UserError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def run_trunk(name, folder, data, pca, device, precision):
+    """Train and score the heads of one trunk -> rows, see score_methods()."""
+    (folder / "scores.json").unlink(missing_ok=True)  # else they could outlive their checkpoints
+    trunk = Trunk(name, LAYERS, image_size=IMAGE_SIZE, pretrained=PRETRAINED, seed=SEED)
+    settings = [head_settings(name, folder, SEED + i) for i in range(SEEDS)]
+    learners = [
+        train_head.new_learner(trunk, s, f"seed-{i}.pt", data, pca, device, precision) for i, s in enumerate(settings)
+    ]
+    training.Run("heads", learners, data, pca, settings[0]).run()
+    heads = [load_checkpoint(learner.output, device)[0].head for learner in learners]  # the best, not the last
+    return score_methods([Encoder(trunk, head) for head in heads], data, precision)
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def score_methods(encoders, data, precision):
+    """-> rows {method, seed, val_r2, val_r2_STREAM …, resampled: [val_r2 on resampled pictures]}.
+
+    All methods and trunks see the same resamples, in which a picture is drawn for all its subjects together.
+    """
+    trunk, device = encoders[0].trunk, encoders[0].head.embed_bias.device
+    options = {"batch_size": MICRO_BATCH or BATCH_SIZE, "precision": precision}
+    pictures = np.unique(data.image[data.samples("val")])
+    latents = feature_latents(encoders, data.images[pictures], **options)
+    if RIDGE:
+        pool = [lambda features: ridge.pool_tokens(trunk, features).cpu()]
+        [pooled] = trunk_outputs(trunk, data.images[: data.n_training_images], pool, **options)
+
+    def read(rows, mask):
+        return torch.from_numpy(data.read_activity(rows)[:, mask]).to(device, torch.float32)
+
+    r2, resampled, regions = [], [], []  # per subject
+    for s in range(len(data.space.subjects)):
+        rows, mask = data.samples("val", s), data.space.present(s)
+        activity, place = read(rows, mask), np.searchsorted(pictures, data.image[rows])
+        predictions = [encoder.predict(h[place], s)[:, mask] for encoder, h in zip(encoders, latents)]
+        if RIDGE:
+            train = data.samples("train", s)
+            fitted = ridge.fit(pooled[data.image[train]].to(device), read(train, mask))
+            predictions.append(ridge.predict(fitted, pooled[data.image[rows]].to(device)))
+        weights = resample_counts(len(pictures))[:, place].to(device)
+        r2.append([r2_score(activity, prediction).numpy() for prediction in predictions])
+        resampled.append([resampled_r2(activity, prediction, weights) for prediction in predictions])
+        areas = data.space.regions(s).items()
+        regions.append({roi: inside[mask] for (group, roi), inside in areas if group == "streams" and roi != "all"})
+    table = []
+    for i in range(len(encoders) + RIDGE):
+        row = {"method": "head", "seed": i} if i < len(encoders) else {"method": "ridge", "seed": 0}
+        row["val_r2"] = median(np.concatenate([scores[i] for scores in r2]))
+        for roi in regions[0]:
+            row[f"val_r2_{roi}"] = median(np.concatenate([scores[i][own[roi]] for scores, own in zip(r2, regions)]))
+        row["resampled"] = np.nanmedian(np.concatenate([values[i] for values in resampled], 1), axis=1).tolist()
+        table.append(row)
+    return table
+
+
+def resample_counts(n_pictures):
+    """How often each picture is drawn, with replacement -> (RESAMPLES, n_pictures) float32."""
+    counts = np.random.default_rng(SEED).multinomial(n_pictures, np.full(n_pictures, 1 / n_pictures), RESAMPLES)
+    return torch.from_numpy(counts).float()
+
+
+def resampled_r2(y, prediction, weights):
+    """R² with weighted samples: y, prediction (n_samples, n_vertices), weights (n_resamples, n_samples)
+    -> (n_resamples, n_vertices); NaN where a resample leaves no variance."""
+    residual = weights @ (y - prediction).square()
+    y = y - y.mean(0)  # keeps the difference below exact
+    total = weights @ y.square() - (weights @ y).square() / weights.sum(1, keepdim=True)
+    return torch.where(total > 1e-6, 1 - residual / total, torch.nan).cpu().numpy()
+
+
+# ---- table and figure ----------------------------------------------------------------------------
+
+
+def summarise(results, with_report=False):
+    """results {trunk: see score_methods()} -> DataFrame, best first: trunk, method, n_seeds, val_r2 and val_r2_STREAM
+    (means over seeds), deviation (over seeds), report (Table 4), difference to the best row, low and high (its 95 %
+    interval over validation pictures, not seeds)."""
+    rows = pd.DataFrame([{"trunk": trunk, **row} for trunk, found in results.items() for row in found])
+    groups = rows.groupby(["trunk", "method"])
+    table = groups["val_r2"].agg(n_seeds="size", val_r2="mean", deviation="std")
+    table = table.join(groups[[name for name in rows if name.startswith("val_r2_")]].mean())
+    table = table.sort_values("val_r2", ascending=False)
+    resampled = groups["resampled"].apply(lambda lists: np.mean(list(lists), axis=0))[table.index]
+    spread = np.stack(resampled) - resampled.iloc[0]
+    report = [TABLE_4.get(trunk) if with_report and method == "head" else None for trunk, method in table.index]
+    difference = table["val_r2"] - table["val_r2"].iloc[0]
+    # moved so that their median is the difference: resamples repeat pictures, which by itself lowers R²
+    low, high = np.quantile(spread, (0.025, 0.975), axis=1) - np.median(spread, axis=1) + difference.to_numpy()
+    return table.assign(report=report, difference=difference, low=low, high=high).reset_index()
+
+
+def write_table(results, with_report, folder):
+    """trunks.csv and trunks.png -> the table."""
+    table = summarise(results, with_report)
+    with atomic_write(folder / "trunks.csv") as file:
+        table.to_csv(file, index=False)
+    plt.switch_backend("Agg")
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.3 * len(table)), layout="constrained")
+    for method, part in table.groupby("method"):
+        axes.errorbar(part["val_r2"], part.index, xerr=part["deviation"], fmt="o", label=method)
+    if with_report:
+        axes.plot(table["report"].astype(float), table.index, "k|", markersize=14, label="report, Table 4")
+    axes.set_yticks(table.index, table["trunk"] + ", " + table["method"], fontsize=7)
+    axes.set(xlabel="validation median R² (bars: deviation over seeds)", ylim=(len(table) - 0.5, -0.5))
+    figure.legend(fontsize=7, loc="outside lower right", ncols=3)
+    with atomic_write(folder / "trunks.png") as file:
+        figure.savefig(file, dpi=150, format="png")
+    plt.close(figure)
+    return table
+
+
+def print_table(table, data):
+    rows = data.samples("val")
+    n_pictures = len(np.unique(data.image[rows]))
+    print(f"\nMedian R² on the validation split ({len(rows)} samples, {n_pictures} unique pictures), mean over seeds")
+    print(table.dropna(axis=1, how="all").to_string(index=False, float_format="{:.4f}".format, na_rep=""))
+    print("low, high: 95 % interval of the difference to the best over pictures; other seeds would widen it.")
+    if STEPS < 500 or STEPS * BATCH_SIZE < 5 * len(data.samples("train")) or table["val_r2"].max() <= 0:
+        print("This schedule is too short to compare trunks (report: 1250 steps of 512, 10 epochs).")
+
+
+# ---- all trunks ----------------------------------------------------------------------------------
+
+
+def has_report_settings(data, pca):
+    same = constants(vars(train_head)) | constants(globals())
+    n_components = PCA_DIM or pca.components.shape[1]
+    shape = (parse_layers(LAYERS), n_components, len(data.space.subjects))
+    return shape == ([0, 2, 4, 6, 8, 10], 2048, 8) and all(same[name] == v for name, v in TABLE_4_SETTINGS.items())
+
+
+def check_same(path, before, now):
+    """Refuse to mix results of different settings and data."""
+    now = json.loads(json.dumps(now))
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        listed = "; ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in changed)
+        raise UserError(f"{path} has other settings ({listed}). Choose another RUN_DIR, or --overwrite.")
+
+
+def main():
+    training.check_settings(head_settings(TRUNKS[0], RUN_DIR, SEED))
+    check_trunks()
+    data = prepare_data.load(DATA_DIR)
+    pca = fit_pca.load(DATA_DIR, data)
+    device = choose_device(DEVICE)
+    precision = choose_precision(PRECISION, device)
+    folder, with_report = Path(RUN_DIR), has_report_settings(data, pca)
+    inputs = {name: value for name, value in constants(globals()).items() if name not in NOT_COMPARED}
+    inputs |= {"precision": str(precision), "data": data.fingerprint, "pca": pca.fingerprint}
+    results, missing = {}, []
+    with lock(folder):
+        for path in sorted(folder.glob("*/scores.json")):
+            if not OVERWRITE or path.parent.name not in TRUNKS:
+                recorded = json.loads(path.read_text())
+                check_same(path, recorded["inputs"], inputs)
+                results[path.parent.name] = recorded["rows"]
+        for name in TRUNKS:
+            print(f"{name} is finished" if name in results else name)
+            if name in results:
+                continue
+            try:
+                results[name] = run_trunk(name, folder / name, data, pca, device, precision)
+            except UserError as error:
+                missing.append(f"{name}: {error}")
+                continue
+            with atomic_write(folder / name / "scores.json") as file:
+                file.write(json.dumps({"inputs": inputs, "rows": results[name]}).encode())
+            (folder / name / "heads.state.pt").unlink()  # large, no longer needed
+            write_table(results, with_report, folder)
+        if results:
+            print_table(write_table(results, with_report, folder), data)
+            print(f"wrote {folder / 'trunks.csv'}, {folder / 'trunks.png'}")
+    if missing:
+        raise UserError("\n".join(["not in the table:", *missing]))
+
+
+if __name__ == "__main__":
+    run(main, globals())

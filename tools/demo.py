@@ -1,0 +1,109 @@
+"""Everything on a simulated challenge folder with known answers (tools/simulate.py): no data, network or GPU needed.
+
+The five stages, evaluation, one's own pictures, explanations and a new person, each as the command that a user types.
+Everything is written below DEMO_DIR, which the next run replaces. About 2 minutes on two cores.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from core.files import output_folder
+from core.settings import run
+from tools.simulate import planted_fields, simulate
+
+DEMO_DIR: str = "demo"  # output
+SEED: int = 0  # of the simulated data
+N_TRAIN: int = 360  # training pictures of subj01; the others in the proportions of the challenge
+N_TEST: int = 30  # test pictures of subj01, likewise
+PICTURE_SIZE: int = 256  # px (challenge: 425)
+STEPS: int = 80  # of phase 1; phase 2 takes half as many
+
+# an untrained trunk, as weights need a network; early layers and small pictures, which are fast
+HEAD = dict(
+    trunk="eva02_tiny_patch14_224.mim_in22k", pretrained="false", layers="0,1", image_size=140, latent_dim=256
+)  # fmt: skip
+TRAINING = dict(weight_decay=0.1, feature_dropout=0.2)  # little data: less regularisation than in the report
+
+
+def start(script, **constants):
+    """Show a command as a user types it and run it; if it fails, so does the demo."""
+    words = ["-m", script] if script.startswith("tools.") else [script]
+    words += [word for name, value in constants.items() for word in (f"--{name}", str(value))]
+    print(f"\n$ python {shlex.join(words)}", flush=True)
+    code = subprocess.run([sys.executable, *words], check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+def print_scores(run_dir):
+    """Median R² per subject beside the median noise ceiling, which bounds it."""
+    folders = {phase: run_dir / f"evaluation_{phase}_val" for phase in ("head", "finetuned")}
+    vertices = np.load(folders["head"] / "vertices.npz")
+    names, ceilings = vertices["subjects"].tolist(), vertices["noise_ceiling"]
+    medians = [np.nanmedian(ceilings), *np.nanmedian(ceilings, axis=1)]
+    columns = {"noise ceiling": dict(zip(["all", *names], medians))}
+    for phase, folder in folders.items():
+        scores = json.loads((folder / "scores.json").read_text())
+        for split, part in (("validation", scores), ("private test", scores["to_report"])):
+            columns[f"{phase}, {split}"] = {s: own["r2"]["median"] for s, own in part["scores"]["subject"].items()}
+    print(f"\nmedian R² over vertices\n{pd.DataFrame(columns).round(3).to_string()}")
+    print("The private test has few pictures, which lowers its R².")
+
+
+def print_fields(path):
+    """How well explanations recover subj01's planted receptive fields in its early visual areas."""
+    planted, fields = planted_fields(1, seed=SEED), np.load(path)
+    early = planted["streams"] == "early"
+    r = {c: np.corrcoef(fields[c].ravel()[early], planted[c][early])[0, 1] for c in ("x", "y")}
+    print(f"Centres of planted receptive fields are recovered with r {r['x']:.2f} (x) and {r['y']:.2f} (y).")
+
+
+def main():
+    with output_folder(DEMO_DIR, overwrite=True, marker="made_by_demo.txt") as folder:
+        (folder / "made_by_demo.txt").write_text("The next run of the demo replaces this folder.\n")
+        print(f"simulating eight people who look at about {N_TRAIN + N_TEST} pictures each, and a ninth", flush=True)
+        sizes = dict(n_train=N_TRAIN, n_test=N_TEST, picture_size=PICTURE_SIZE, seed=SEED)
+        simulate(folder / "challenge", **sizes)
+        simulate(folder / "new_person", subjects=[9], **sizes)
+        for name, photo in zip(("temple", "flower"), load_sample_images().images):
+            (folder / "photos").mkdir(exist_ok=True)
+            Image.fromarray(photo).save(folder / f"photos/{name}.jpg")
+    demo = Path(DEMO_DIR)
+    challenge, data, run_dir = demo / "challenge", demo / "data", demo / "run"
+    folders = dict(data_dir=data, run_dir=run_dir)
+    start("prepare_data.py", challenge_dir=challenge, data_dir=data)
+    start("fit_pca.py", data_dir=data, pca_dim=64)
+    rates = dict(steps=STEPS, warmup_steps=STEPS // 10, learning_rate=5e-3, min_learning_rate=1e-4)
+    start("train_head.py", **folders, **HEAD, **TRAINING, **rates, batch_size=64)
+    rates = dict(steps=STEPS // 2, warmup_steps=STEPS // 20, learning_rate=1e-3)
+    start("finetune.py", **folders, **TRAINING, **rates, batch_size=32)
+    start("predict.py", **folders, submission_dir=demo / "submission")
+    start(
+        "tools.evaluate",
+        **folders,
+        checkpoint=run_dir / "head.pt",
+        challenge_dir=challenge,
+        figures="false",
+        resamples=0,
+    )
+    start("tools.evaluate", **folders, challenge_dir=challenge)
+    print_scores(run_dir)
+    photos = dict(run_dir=run_dir, images=demo / "photos")
+    start("tools.predict_pictures", **photos, subject="subj01,group", output_dir=demo / "predictions")
+    start("tools.explain", **folders, images=demo / "photos", output_dir=demo / "explanations")
+    print_fields(demo / "explanations/fields.npz")
+    start("prepare_data.py", challenge_dir=demo / "new_person", data_dir=demo / "new_person_data")
+    start("tools.adapt", data_dir=demo / "new_person_data", run_dir=run_dir, output_dir=demo / "subj09")
+    print(f"\nOpen {run_dir}/evaluation_finetuned_val/report.html: scores, the report's figures, the cortex in 3D.")
+
+
+if __name__ == "__main__":
+    run(main, globals())

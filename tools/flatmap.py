@@ -1,0 +1,152 @@
+"""Values on the flattened cortex, drawn with matplotlib on nilearn's flat fsaverage mesh.
+
+    flat = FlatMap(space)                                      # fsaverage5, or full fsaverage from a folder
+    outlines = flat.outlines("streams", subject)               # a subject's index, None: the group
+    shown = [flat.draw(axes, values, fit_limits([values]), "RdBu_r", outlines, named=True)]
+    describe_maps(figure, shown, [axes], "activity (z)", outlines)
+    save_figure(figure, path)
+"""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib.patheffects import withStroke
+from nilearn import datasets, surface
+from scipy.spatial import cKDTree
+
+from core.space import HEMIS, N_FSAVERAGE, ROI_GROUPS
+from model import UserError
+
+MAP_WIDTH = 200  # px per row of NSD-Flat's maps, 1 mm each
+MARGIN = 8  # mm of cortex shown around the data
+SMALLEST_NAMED = 3.0  # mm; narrower areas get no name
+
+
+class FlatMap:
+    """The visual cortex as one triangle mesh, both hemispheres with their posterior ends side by side.
+
+    points (n, 2) mm, faces (m, 3), column (n,): each point's column of the common space or -1, grey (n,): the
+    brightness of the cortex without data, left (n,) bool.
+    """
+
+    def __init__(self, space, folder=""):
+        self.space = space
+        sides = [surface_side(space, hemi, folder) for hemi in HEMIS] if space.unit == "vertices" else [pixels(space)]
+        starts = np.cumsum([0] + [len(side[0]) for side in sides])
+        self.points, self.column, self.grey = (np.concatenate([side[i] for side in sides]) for i in (0, 2, 3))
+        self.faces = np.concatenate([side[1] + start for side, start in zip(sides, starts)])
+        self.left = self.column < space.n_lh if len(sides) == 1 else np.arange(len(self.points)) < starts[1]
+        self.size = np.ptp(self.points, axis=0)
+        if not (self.column[self.faces] >= 0).all(1).any():
+            print("the vertices are too sparse for maps on fsaverage5: set FSAVERAGE_DIR to full fsaverage")
+
+    def on_points(self, values):
+        """values (n_vertices,) -> (n_points,), NaN where there are none."""
+        return np.append(np.asarray(values, float), np.nan)[self.column]
+
+    def outlines(self, roi_group, subject=None):
+        """ROIs of a group as a subject (an index; None: the group) has them -> {(group, ROI): (n_points,) bool}."""
+        if roi_group not in ("", *ROI_GROUPS):
+            raise UserError(f"OUTLINES is {roi_group!r}, expected one of {', '.join(ROI_GROUPS)}, or nothing.")
+        if roi_group not in self.space.rois:
+            return {}
+        labels, names = self.on_points(self.space.roi_labels(roi_group, subject)), self.space.rois[roi_group]["names"]
+        return {(roi_group, name): labels == value for value, name in names.items() if value > 0 and value in labels}
+
+    def draw(self, axes, values, limits, cmap, outlines, *, named=False, line_colour="black"):
+        """Draw values (n_vertices,), NaN where missing. limits: ends of the colour scale; named: write the names of
+        outlines into the areas -> the mesh drawn, for describe_maps()."""
+        mesh, values = (*self.points.T, self.faces), np.ma.masked_invalid(self.on_points(values))
+        axes.tripcolor(*mesh, self.grey, cmap="gray", vmin=0, vmax=1, shading="gouraud")
+        missing = np.ma.getmaskarray(values)[self.faces].any(1)
+        shown = axes.tripcolor(*mesh, values, mask=missing, cmap=cmap, clim=limits, shading="gouraud")
+        for (_, name), inside in outlines.items():
+            axes.tricontour(*mesh, inside.astype(float), levels=[0.5], colors=line_colour, linewidths=0.6)
+            for x, y in self.widest_places(inside) if named else ():
+                text = axes.text(x, y, name, ha="center", va="center", fontsize=6)
+                text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+        for x, side in ((0, "L"), (1, "R")):
+            axes.text(x, 0, side, ha="right" if x else "left", transform=axes.transAxes, fontsize=9)
+        axes.set_aspect("equal")
+        axes.set_axis_off()
+        return shown
+
+    def widest_places(self, inside):
+        """In each hemisphere the point of an area that is farthest from its border, if the area is wide enough."""
+        places = []
+        for side in (self.left, ~self.left):
+            area = self.points[side & inside]
+            if len(area):
+                depth = cKDTree(self.points[side & ~inside]).query(area)[0]
+                places += [area[depth.argmax()]] if depth.max() > SMALLEST_NAMED else []
+        return places
+
+
+def surface_side(space, hemi, folder):
+    """-> points (n, 2) mm, faces, column and grey of one hemisphere of the flat surface, cut to the data."""
+    files = datasets.fetch_surf_fsaverage("fsaverage5")  # comes with nilearn
+    half = "left" if hemi == "lh" else "right"
+    flat, curvature = (Path(folder or Path(files["flat_left"]).parent) / f"{kind}_{half}.gii.gz" for kind in ("flat", "curv"))
+    if not flat.exists() or not curvature.exists():
+        raise UserError(f"{folder} lacks {flat.name} or {curvature.name} of fsaverage.")
+    mesh = surface.load_surf_mesh(flat)
+    points, faces = mesh.coordinates[:, :2], mesh.faces
+    column = np.full(N_FSAVERAGE, -1)
+    columns = space.columns(None, hemi)
+    column[space.vertices.numpy()[columns]] = columns
+    column = column[: len(points)]
+    edges = np.linalg.norm(points[faces] - points[np.roll(faces, 1, axis=1)], axis=2).max(1)
+    faces = faces[edges < 4 * np.median(edges)]  # longer ones span a cut
+    data = points[np.intersect1d(faces, np.flatnonzero(column >= 0))]
+    data = data if len(data) else points
+    low, high = data.min(0) - MARGIN, data.max(0) + MARGIN
+    faces = faces[((points > low) & (points < high)).all(1)[faces].all(1)]
+    inner = high[0] if hemi == "lh" else low[0]  # the hemispheres meet at x = 0
+    grey = np.where(surface.load_surf_data(curvature) > 0, 0.60, 0.74)  # sulci are darker
+    used, faces = np.unique(faces, return_inverse=True)
+    return points[used] - [inner, 0], faces.reshape(-1, 3), column[used], grey[used]
+
+
+def pixels(space):
+    """The same of NSD-Flat's maps, whose pixels count row by row from the top left."""
+    row, across = np.divmod(space.vertices.numpy(), MAP_WIDTH)
+    height, width = row.max() - row.min() + 3, across.max() - across.min() + 3
+    column = np.full((height, width), -1)
+    column[row - row.min() + 1, across - across.min() + 1] = np.arange(space.n_vertices)
+    y, x = np.divmod(np.arange(height * width), width)
+    corner = np.flatnonzero((y < height - 1) & (x < width - 1))[:, None]
+    faces = np.concatenate([corner + [0, 1, width], corner + [1, width + 1, width]])
+    return np.stack([x, -y], 1).astype(float), faces, column.ravel(), np.full(height * width, 0.9)
+
+
+def fit_limits(maps, symmetric=True):
+    """Ends of one colour scale for maps: the 99 % quantile of |values|, rounded up -> (-end, end); not symmetric:
+    (0, end) of what is above zero."""
+    values = np.concatenate([np.asarray(v, float).ravel() for v in maps])
+    values = np.abs(values) if symmetric else np.maximum(values, 0)
+    end = np.nanquantile(values, 0.99) if np.isfinite(values).any() else 0
+    end = end or np.nanmax(values, initial=0) or 1
+    power = 10.0 ** np.floor(np.log10(end))
+    end = float(power * next(step for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if end <= step * power * (1 + 1e-9)))
+    return (-end if symmetric else 0.0, end)
+
+
+def describe_maps(figure, shown, axes, label, outlines):
+    """One colour bar for maps with the same limits; below them what is outlined and how much is clipped."""
+    values, (low, high) = np.ma.concatenate([mesh.get_array() for mesh in shown]).compressed(), shown[0].get_clim()
+    below, above = ((values < low).mean(), (values > high).mean()) if len(values) else (0, 0)
+    extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below > 0, above > 0]
+    figure.colorbar(shown[0], ax=axes, fraction=0.03, pad=0.01, shrink=0.8, aspect=30, extend=extend, label=label)
+    notes = [f"outlined: {', '.join(sorted({group for group, _ in outlines}))}"] if outlines else []
+    parts = [f"{100 * n:.1f} % {side} {end:g}" for n, side, end in ((below, "below", low), (above, "above", high)) if n]
+    notes += [f"clipped: {', '.join(parts)}"] if parts else []
+    figure.supxlabel(textwrap.fill("; ".join(notes), int(figure.get_figwidth() * 13)), fontsize=9)
+
+
+def save_figure(figure, path):
+    """PNG; the figure is closed."""
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
