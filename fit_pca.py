@@ -17,7 +17,6 @@ import torch
 
 import prepare_data
 from core.files import fingerprint, load_torch, lock, save_torch
-from core.scores import median_r2, r2_score
 from core.settings import choose_device, constants, progress, run, versions
 from model import UserError
 
@@ -40,9 +39,8 @@ class PCA:
     mean: torch.Tensor  # (n_vertices,) float32
     explained_variance: torch.Tensor  # (pca_dim,) float64, of the training samples
     total_variance: float
-    latents: torch.Tensor  # z* (n_samples, pca_dim) float16 or float32, rows as in activity.npy
+    latents: torch.Tensor  # z* (n_samples, pca_dim) float32, rows as in activity.npy
     residual: torch.Tensor  # r* (n_samples,) float32
-    val_r2: float  # median R² of the reconstruction on the validation split
     fingerprint: str
 
 
@@ -90,17 +88,6 @@ def squared_norm(y):
     return torch.linalg.vector_norm(y, dim=1).double().square()
 
 
-def reconstruction_r2(data, latents, components, mean):
-    """Median R² over subjects and vertices of E z* + mean on the validation split."""
-    scores = []
-    for s in range(len(data.space.subjects)):
-        rows = data.samples("val", s)
-        prediction = latents[rows].to(components) @ components.T + mean
-        activity = torch.from_numpy(data.read_activity(rows)).to(components.device)
-        scores.append(r2_score(activity, prediction)[data.space.mask[s]])
-    return median_r2(scores, data.space.subjects)["r2"]
-
-
 def load(folder, data):
     """DATA_DIR/pca.pt -> PCA; UserError if it was fitted to other data."""
     content = load_torch(Path(folder) / "pca.pt", FORMAT, "fit_pca.py")
@@ -116,7 +103,9 @@ def main():
     if path.exists() and not OVERWRITE:
         before = load_torch(path, FORMAT, "fit_pca.py")
         if (before["made_with"], before["data_fingerprint"]) != (made_with, data.fingerprint):
-            raise UserError(f"{path} was fitted with {before['made_with']} or to other data; --overwrite true fits anew.")
+            raise UserError(
+                f"{path} was fitted with {before['made_with']} or to other data; --overwrite true fits anew."
+            )
         print(f"{path} is already fitted; --overwrite true fits it again")
         return
     if not 1 <= PCA_DIM <= min(len(rows), data.space.n_vertices):
@@ -128,8 +117,6 @@ def main():
         del y
         latents, residual = project(data, components, mean)
         variance = latents[rows].double().var(0)
-        half = latents.half()  # where its error is below 1e-7 of the variance, no score changes by 1e-4
-        narrow = (half.float() - latents).square().sum() < 1e-7 * latents.square().sum()
         content = {
             "made_with": made_with,
             "versions": versions(),
@@ -138,14 +125,12 @@ def main():
             "mean": mean.cpu(),
             "explained_variance": variance,
             "total_variance": total_variance,
-            "latents": half if narrow else latents,
+            "latents": latents,
             "residual": residual,
-            "val_r2": reconstruction_r2(data, latents, components, mean),
             "fingerprint": fingerprint(components, mean),
         }
         save_torch(path, content, FORMAT)
     print(f"{PCA_DIM} components of {len(rows)} samples explain {variance.sum() / total_variance:.1%} of the variance")
-    print(f"reconstruction of the validation activity: median R² {content['val_r2']:.4f}")
     print(f"wrote {path}")
 
 

@@ -30,9 +30,6 @@ class UserError(Exception):
     """Something the user can fix: printed as one message without a traceback, exit code 1."""
 
 
-# ---- trunk ---------------------------------------------------------------------------------------
-
-
 class Trunk(nn.Module):
     """A frozen timm ViT that returns the raw tokens of some of its blocks (prefix tokens included, no final norm).
 
@@ -55,6 +52,7 @@ class Trunk(nn.Module):
         self.grid = tuple(self.vit.patch_embed.grid_size)  # (rows, columns) of patches
         self.n_prefix = self.vit.num_prefix_tokens  # class and register tokens, ahead of the patches
         self.feature_shapes = [(self.n_prefix + math.prod(self.grid), self.vit.embed_dim)] * len(self.layers)
+        self.trained = set()  # names of fine-tuned weights, from a checkpoint
         self.requires_grad_(False).eval()
 
     def train(self, mode=True):
@@ -69,31 +67,27 @@ class Trunk(nn.Module):
         return [torch.cat([x[1], x[0]], 1) if self.n_prefix else x for x in features]
 
     def attention_parameters(self):
-        """Names of the q, k, v and output projections of all blocks kept, which phase 2 trains.
-
-        Raises UserError where a block has no attention with all four.
-        """
-        kind = re.compile(r"(.*\.)?attn\.(qkv|qk|v|[qkv]_proj|proj)\.(weight|bias)|(.*\.)?attn\.[qkv]_bias")
-        letters = {"qkv": "qkv", "qk": "qk", "v": "v", "q_proj": "q", "k_proj": "k", "v_proj": "v", "proj": "o"}
+        """Names of the q, k, v and output projections, weights and biases, of all blocks kept: phase 2 trains them."""
         names = []
         for i, block in enumerate(self.vit.blocks):
-            matches = [name for name, _ in block.named_parameters() if kind.fullmatch(name)]
-            weights = [name.split(".")[-2] for name in matches if name.endswith(".weight")]
-            if set("".join(letters[name] for name in weights)) != set("qkvo"):
+            attention = dict(getattr(block, "attn", nn.Module()).named_parameters())
+            kept = [n for n in attention if re.fullmatch(r"(qkv|[qkv]_proj|proj)\.(weight|bias)|[qkv]_bias", n)]
+            weights = {n.split(".")[0] for n in kept if n.endswith(".weight")}
+            if weights not in ({"qkv", "proj"}, {"q_proj", "k_proj", "v_proj", "proj"}):
                 raise UserError(
-                    f"block {i} of trunk {self.settings['name']} has no self-attention with q, k, v and output weights, "
-                    "which phase 2 trains."
+                    f"block {i} of trunk {self.settings['name']} has no self-attention that phase 2 can train."
                 )
-            names += [f"vit.blocks.{i}.{name}" for name in matches]
+            names += [f"vit.blocks.{i}.attn.{name}" for name in kept]
         return names
 
     def stored_names(self):
         """Names of weights that a checkpoint must hold: trained ones, and position embeddings, which timm resamples."""
-        return [n for n, p in self.named_parameters() if p.requires_grad or "pos_embed" in n or "rel_pos" in n]
+        trained = self.trained | {name for name, p in self.named_parameters() if p.requires_grad}
+        return [n for n, _ in self.named_parameters() if n in trained or "pos_embed" in n or "rel_pos" in n]
 
 
 def parse_layers(layers):
-    """"0,2,4", or the report's "blocks.{0,2,4}" -> [0, 2, 4]."""
+    """ "0,2,4", or the report's "blocks.{0,2,4}" -> [0, 2, 4]."""
     match = re.fullmatch(r"(?:blocks\.)?\{?(\d+(?:\s*,\s*\d+)*)\}?", layers.strip())
     if not match:
         raise UserError(f'LAYERS is "{layers}", expected block numbers such as "0,2,4,6,8,10".')
@@ -102,10 +96,7 @@ def parse_layers(layers):
 
 def full_name(name):
     """timm's name with the tag of its default weights: vit_base_patch16_224 -> vit_base_patch16_224.augreg2_in21k_…"""
-    try:
-        config = timm.get_pretrained_cfg(name)
-    except RuntimeError:
-        config = None
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
     if config is None:
         raise UserError(f"timm has no model {name}.")
     return f"{config.architecture}.{config.tag}" if config.tag and config.has_weights else name
@@ -113,35 +104,26 @@ def full_name(name):
 
 def create_vit(name, image_size, pretrained, seed):
     """A timm ViT without its classifier; pretrained weights come from weights/NAME.safetensors or the hub."""
-    local = [p for p in WEIGHTS_DIR.glob(f"{name}.*") if p.suffix in (".safetensors", ".bin", ".pth", ".pt")]
-    options = {}
-    if pretrained and local:
-        options["pretrained_cfg_overlay"] = {"file": str(local[0]), "custom_load": False}
+    local, options = WEIGHTS_DIR / f"{name}.safetensors", {}
+    if pretrained and local.exists():
+        options["pretrained_cfg_overlay"] = {"file": str(local), "custom_load": False}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             vit = timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=image_size, **options)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
-        if not pretrained or "img_size" in str(error) or isinstance(error, AssertionError):
-            raise UserError(f"timm cannot build {name} as a ViT for pictures of {image_size} px ({one_line(error)}).")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if not pretrained or "img_size" in reason or isinstance(error, AssertionError):
+            raise UserError(f"timm cannot build {name} as a ViT for pictures of {image_size} px ({reason}).")
         raise UserError(
-            f"no pretrained weights for {name} ({one_line(error)}). Without a network, put the weights file at "
-            f"{WEIGHTS_DIR / name}.safetensors; --pretrained false uses random weights."
+            f"no pretrained weights for {name} ({reason}). Without a network, put the weights file at {local}; "
+            "--pretrained false uses random weights."
         )
-    if not all(hasattr(vit, name) for name in ("blocks", "forward_intermediates", "num_prefix_tokens")):
+    if not all(hasattr(vit, attribute) for attribute in ("blocks", "forward_intermediates", "num_prefix_tokens")):
         raise UserError(f"trunk {name} is not a ViT, expected one such as eva02_base_patch14_224.mim_in22k.")
     if image_size % vit.patch_embed.patch_size[0]:
         raise UserError(f"IMAGE_SIZE is {image_size}, expected a multiple of {vit.patch_embed.patch_size[0]}.")
     return vit
-
-
-def one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-# ---- head ----------------------------------------------------------------------------------------
 
 
 class FeatureProjection(nn.Module):
@@ -275,19 +257,17 @@ def trunk_outputs(trunk, images, functions, batch_size=64, precision=torch.float
     """Apply functions to the trunk's features of whole pictures (report: evaluation resizes only).
 
     images (n, 256, 256, 3) uint8, array or tensor; functions: features -> tensor (n, …); update: called with the size
-    of each batch -> for each function its results of all pictures. Every prediction comes through here.
+    of each batch -> per function its results for all pictures. Every prediction comes through here.
     """
-    shape, dtype = tuple(getattr(images, "shape", ())), str(getattr(images, "dtype", type(images))).split(".")[-1]
-    if len(shape) != 4 or shape[1:] != (PICTURE_SIZE, PICTURE_SIZE, 3) or dtype != "uint8" or not shape[0]:
-        raise UserError(f"pictures are {dtype} of shape {shape}, expected uint8 of shape (n, 256, 256, 3).")
+    if images.shape[1:] != (PICTURE_SIZE, PICTURE_SIZE, 3) or "uint8" not in str(images.dtype):
+        raise UserError(f"pictures are {images.dtype} of shape {tuple(images.shape)}, expected uint8 (n, 256, 256, 3).")
     device = next(trunk.parameters()).device
     crops = Crops(trunk, device=device)
     parts = []
     for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        batch = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(np.array(batch))
+        batch = torch.as_tensor(np.array(images[start : start + batch_size])).to(device)
         with autocast(device, precision):
-            features = trunk(crops.whole(batch.to(device)))
+            features = trunk(crops.whole(batch))
             parts.append([function(features) for function in functions])
         if update:
             update(len(batch))
@@ -302,9 +282,6 @@ def feature_latents(encoders, images, batch_size=64, precision=torch.float32, up
         functions = [encoder.latents for encoder in sharing]
         latents |= dict(zip(sharing, trunk_outputs(trunk, images, functions, batch_size, precision, update)))
     return [latents[encoder] for encoder in encoders]
-
-
-# ---- crops ---------------------------------------------------------------------------------------
 
 
 class Crops:

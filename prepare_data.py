@@ -12,7 +12,6 @@ Other sources of data call write_prepared(); all later stages read the result wi
 
 import dataclasses
 import hashlib
-import io
 import os
 import pickle
 import re
@@ -40,9 +39,6 @@ FORMAT = "prepared-3"
 CHUNK = 512  # rows of activity in memory at a time
 
 
-# ---- reading the challenge folder ----------------------------------------------------------------
-
-
 @dataclasses.dataclass
 class Subject:
     """One subject's part of the challenge folder."""
@@ -56,17 +52,13 @@ class Subject:
     test_nsd_ids: np.ndarray
     rois: dict  # {group: ({label: name}, {hemi: labels (n_vertices,)})}
 
-    def read_activity(self):
-        """(n_pictures, n_vertices of the subject) float32, left hemisphere first."""
-        return np.concatenate([np.load(self.activity[hemi]) for hemi in HEMIS], axis=1, dtype=np.float32)
-
 
 def read_folder(folder, names=""):
     """[Subject] of a challenge folder; the first fault of every subject is reported at once."""
     folder = Path(folder)
     wanted = sorted(filter(None, re.split(r"[,\s]+", names)))
-    wanted = wanted or sorted(p.name for p in folder.glob("subj[0-9][0-9]") if p.is_dir())
-    missing = [name for name in wanted if not (folder / name).is_dir()] or [] if wanted else ["subj01 …"]
+    wanted = wanted or sorted(p.name for p in folder.glob("subj[0-9][0-9]") if p.is_dir()) or ["subj01 …"]
+    missing = [name for name in wanted if not (folder / name).is_dir()]
     if missing:
         raise UserError(f"{folder} has no folder {', '.join(missing)}; CHALLENGE_DIR is the folder that holds them.")
     subjects, faults = [], []
@@ -82,18 +74,17 @@ def read_folder(folder, names=""):
 
 def read_subject(folder):
     """One subject's folder -> Subject; shapes, order and names are checked, values are not read."""
-    folder = Path(folder)
     if not re.fullmatch(r"\w[\w.-]*", folder.name) or folder.name in ("all", "group"):
         raise UserError(f"{folder.name!r} cannot name a subject: use letters, digits, _ and -; not all or group.")
     pictures, nsd_ids = list_pictures(folder / "training_split/training_images")
     if not pictures:
         raise UserError(f"{folder}/training_split/training_images has no pictures such as train-0001_nsd-00013.png.")
-    test_pictures, test_nsd_ids = list_pictures(folder / "test_split/test_images")
     vertices, activity = {}, {}
     for hemi in HEMIS:
-        mask = read_npy(folder / f"roi_masks/{hemi}.all-vertices_fsaverage_space.npy")
+        mask_path = folder / f"roi_masks/{hemi}.all-vertices_fsaverage_space.npy"
+        mask = read_npy(mask_path)
         if mask.shape != (N_FSAVERAGE,) or not np.isin(mask, (0, 1)).all() or not mask.any():
-            raise UserError(f"{folder}/roi_masks/{hemi}.all-vertices_fsaverage_space.npy is not a mask of fsaverage.")
+            raise UserError(f"{mask_path} is not a mask of fsaverage.")
         vertices[hemi] = np.flatnonzero(mask)
         activity[hemi] = folder / f"training_split/training_fmri/{hemi}_training_fmri.npy"
         array, expected = read_npy(activity[hemi]), (len(pictures), len(vertices[hemi]))
@@ -102,34 +93,41 @@ def read_subject(folder):
     rois = {}
     for group in ROI_GROUPS:
         paths = {hemi: folder / f"roi_masks/{hemi}.{group}_challenge_space.npy" for hemi in HEMIS}
-        if any(path.exists() for path in paths.values()):
-            labels = {hemi: read_npy(path).astype(np.int16) for hemi, path in paths.items()}
-            for hemi in HEMIS:
-                if labels[hemi].shape != vertices[hemi].shape:
-                    raise UserError(f"{paths[hemi]} has shape {labels[hemi].shape}, expected {vertices[hemi].shape}.")
-            rois[group] = read_mapping(folder / f"roi_masks/mapping_{group}.npy"), labels
-    return Subject(folder.name, pictures, nsd_ids, activity, vertices, test_pictures, test_nsd_ids, rois)
+        if not any(path.exists() for path in paths.values()):
+            continue
+        labels = {hemi: read_npy(path).astype(np.int16) for hemi, path in paths.items()}
+        for hemi in HEMIS:
+            if labels[hemi].shape != vertices[hemi].shape:
+                raise UserError(f"{paths[hemi]} has shape {labels[hemi].shape}, expected {vertices[hemi].shape}.")
+        rois[group] = read_mapping(folder / f"roi_masks/mapping_{group}.npy"), labels
+    test_pictures = list_pictures(folder / "test_split/test_images")
+    return Subject(folder.name, pictures, nsd_ids, activity, vertices, *test_pictures, rois)
 
 
 def list_pictures(folder):
     """Paths in sorted order and their nsd ids (n,) int64, from names such as train-0001_nsd-00013.png.
 
-    Names of a person's own pictures may lack the id: they get negative ones that are nobody else's. NSD's own
-    sharedNNNN_nsdNNNNN.png counts from 1.
+    Names of a person's own pictures may lack the id: a negative one is made from the file's bytes. The names of NSD's
+    shared1000 folder, sharedNNNN_nsdNNNNN.png, count from 1.
     """
     paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg") and p.name[0] != ".")
     ids, numbers = [], []
     for path in paths:
-        name = re.fullmatch(r"(?:train|test|shared)-?(\d+)(?:_nsd(-?)(\d+))?", path.stem)
+        name = re.fullmatch(r"(train|test|shared)-?(\d+)(?:_nsd-?(\d+))?", path.stem)
         if not name:
             raise UserError(f"{path}: expected a name such as train-0001_nsd-00013.png or train-0001.png.")
-        numbers.append(int(name[1]))
-        own = -1 - int(fingerprint(str(path.resolve())), 16) % 2**62
-        ids.append(own if name[3] is None else int(name[3]) - (name[2] == ""))
+        numbers.append(int(name[2]))
+        if name[3]:
+            ids.append(int(name[3]) - (name[1] == "shared"))
+        else:
+            ids.append(-1 - int(hashlib.blake2b(path.read_bytes(), digest_size=7).hexdigest(), 16))
     if numbers != sorted(numbers):
-        raise UserError(f"{folder}: sorted by name, the pictures are not in the order of their numbers: pad with zeros.")
+        raise UserError(
+            f"{folder}: sorted by name, the pictures are not in the order of their numbers: pad with zeros."
+        )
     if len(set(ids)) < len(ids):
-        raise UserError(f"{folder}: nsd id {max(ids, key=ids.count)} occurs more than once.")
+        twice = paths[next(i for i, nsd_id in enumerate(ids) if nsd_id in ids[:i])]
+        raise UserError(f"{twice} shows a picture that occurs more than once: average the activity of its repeats.")
     return paths, np.array(ids, np.int64)
 
 
@@ -146,25 +144,20 @@ def read_npy(path):
 class MappingUnpickler(pickle.Unpickler):
     """Reads a pickled array with a dict in it and nothing else: mapping files are somebody else's pickles."""
 
-    allowed = {
-        (module, name): getattr(np._core.multiarray, name)
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-        for name in ("_reconstruct", "scalar")
-    } | {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-
     def find_class(self, module, name):
-        if (module, name) not in self.allowed:
+        plain = {"_reconstruct", "scalar"} if module.endswith("core.multiarray") else {"ndarray", "dtype"}
+        if module not in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") or name not in plain:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.allowed[module, name]
+        return super().find_class(module, name)
 
 
 def read_mapping(path):
     """{label: ROI name} of mapping_NAME.npy, without running what the pickle may hold."""
     try:
-        file = io.BytesIO(path.read_bytes())
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        mapping = MappingUnpickler(file, encoding="latin1").load().item()
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            mapping = MappingUnpickler(file, encoding="latin1").load().item()
         return {int(label): str(name) for label, name in mapping.items()}
     except FileNotFoundError:
         raise UserError(f"{path} is missing.")
@@ -175,23 +168,14 @@ def read_mapping(path):
 def check_activity(path):
     """Refuse NaN and activity far from z-scores: the median deviation has to be 1/3 to 3, the median |mean| below 3."""
     activity = read_npy(path)
-    total, squares = np.zeros((2, activity.shape[1]))
-    for start in range(0, len(activity), CHUNK):
-        block = np.asarray(activity[start : start + CHUNK], np.float64)
-        total += block.sum(0)
-        squares += np.square(block).sum(0)
-    if not np.isfinite(squares).all():
+    if not np.isfinite(activity).all():
         raise UserError(f"{path} has values that are NaN or infinite.")
-    mean = total / len(activity)
-    deviation = np.median(np.sqrt(np.maximum(squares / len(activity) - mean**2, 0)))
-    if not 1 / 3 <= deviation <= 3 or np.median(np.abs(mean)) > 3:
+    mean, deviation = (np.median(np.abs(f(activity, 0, np.float32))) for f in (np.mean, np.std))
+    if not 1 / 3 <= deviation <= 3 or mean > 3:
         raise UserError(
-            f"{path} is not z-scored (median over vertices: |mean| {np.median(np.abs(mean)):.3g}, deviation "
-            f"{deviation:.3g}): z-score the responses per session and average repeats."
+            f"{path} is not z-scored (median over vertices: |mean| {mean:.3g}, deviation {deviation:.3g}): z-score the "
+            "responses per session and average repeats."
         )
-
-
-# ---- common vertex space and splits --------------------------------------------------------------
 
 
 def build_space(subjects):
@@ -217,8 +201,8 @@ def merge_labels(names, own_names, labels):
     merged = np.zeros(labels.shape, np.int16)
     for label, name in own_names.items():
         if label:
-            same = [number for number, other in names.items() if number and other == name]
-            number = same[0] if same else label if label not in names else max(names) + 1
+            known = {other: number for number, other in names.items() if number}
+            number = known.get(name, label if label not in names else max(names) + 1)
             names[number] = name
             merged[labels == label] = number
     return merged
@@ -264,19 +248,13 @@ def split_as_authors(name, n):
     return split
 
 
-# ---- writing and loading -------------------------------------------------------------------------
-
-
 def activity_blocks(subjects, space):
-    """Blocks (n, n_vertices) of activity.npy: subject by subject, in the common space, missing vertices zero."""
+    """Blocks (n_pictures, n_vertices) of activity.npy, one per subject, missing vertices zero."""
     for i, subject in enumerate(subjects):
-        sides = [(space.columns(i, hemi), read_npy(subject.activity[hemi])) for hemi in HEMIS]
-        for start in range(0, len(subject.pictures), CHUNK):
-            n = min(CHUNK, len(subject.pictures) - start)
-            block = np.zeros((n, space.n_vertices), np.float16)
-            for columns, activity in sides:
-                block[:, columns] = activity[start : start + n]
-            yield block
+        block = np.zeros((len(subject.pictures), space.n_vertices), np.float16)
+        for hemi in HEMIS:
+            block[:, space.columns(i, hemi)] = read_npy(subject.activity[hemi])
+        yield block
 
 
 def decode_picture(path):
@@ -315,10 +293,8 @@ def write_prepared(
     sources["images.npy"] = (([picture] for picture in images), len(nsd_ids), shape, np.uint8)
     digests = []
     with lock(folder):
-        parts = []
         for name, (blocks, n_rows, row_shape, dtype) in sources.items():
-            part = folder / f".{name}.part"
-            array = np.lib.format.open_memmap(part, "w+", dtype, (n_rows, *row_shape))
+            array = np.lib.format.open_memmap(folder / f".{name}.part", "w+", dtype, (n_rows, *row_shape))
             digest, row = hashlib.blake2b(digest_size=8), 0
             for block in progress(blocks, desc=f"writing {name}", total=None):
                 block = np.ascontiguousarray(block, dtype)
@@ -328,11 +304,11 @@ def write_prepared(
             if row != n_rows:
                 raise ValueError(f"{name}: {row} rows, expected {n_rows}")
             array.flush()
-            parts.append((part, folder / name))
             digests.append(digest.hexdigest())
-        (folder / "prepared.pt").unlink(missing_ok=True)
-        for part, path in parts:
-            part.replace(path)
+        for name in ("prepared.pt", "test_activity.npy"):
+            (folder / name).unlink(missing_ok=True)
+        for name in sources:
+            (folder / f".{name}.part").replace(folder / name)
         facts = (space.subjects, space.n_lh, space.vertices, space.mask, splits, np.asarray(nsd_ids))
         content = {
             "made_with": made_with,
@@ -378,13 +354,8 @@ class Prepared:
         return flat.reshape(shape)
 
     def read_activity(self, rows):
-        """Activity of these samples: (len(rows), n_vertices) float16. Read, not mapped, to keep memory use low."""
-        out = np.empty((len(rows), self.space.n_vertices), self.activity.dtype)
-        with open(self.activity.filename, "rb") as file:
-            for row, into in zip(rows, out):
-                file.seek(self.activity.offset + int(row) * into.nbytes)
-                file.readinto(into.data)
-        return out
+        """Activity of these samples: (len(rows), n_vertices) float16."""
+        return np.array(self.activity[rows])
 
 
 def load(folder):
@@ -403,21 +374,20 @@ def load(folder):
 def assign_splits(subjects, training_ids):
     """Split (n_samples,) of every sample, subject by subject."""
     seen = np.stack([np.isin(training_ids, s.nsd_ids) for s in subjects], axis=1)
-    if SPLITS == "authors":
-        split = np.concatenate([split_as_authors(s.name, len(s.pictures)) for s in subjects])
-    elif SPLITS in ("pictures", "shared"):
-        by_picture = (split_pictures if SPLITS == "pictures" else split_shared)(seen, SEED)
-        split = np.concatenate([by_picture[np.searchsorted(training_ids, s.nsd_ids)] for s in subjects])
-    else:
+    if SPLITS not in ("pictures", "shared", "authors"):
         raise UserError(f"SPLITS is {SPLITS}, expected pictures, shared or authors.")
+    if SPLITS == "authors":
+        splits = [split_as_authors(s.name, len(s.pictures)) for s in subjects]
+    else:
+        by_picture = (split_pictures if SPLITS == "pictures" else split_shared)(seen, SEED)
+        splits = [by_picture[np.searchsorted(training_ids, s.nsd_ids)] for s in subjects]
     print(f"{'subject':10} {'train':>7} {'val':>7} {'test':>7} {'vertices':>9}")
-    for s, own in zip(subjects, np.split(split, np.cumsum([len(s.pictures) for s in subjects])[:-1])):
-        counts = np.bincount(own, minlength=3)
-        n_vertices = sum(len(s.vertices[hemi]) for hemi in HEMIS)
+    for s, split in zip(subjects, splits):
+        counts, n_vertices = np.bincount(split, minlength=3), sum(len(s.vertices[hemi]) for hemi in HEMIS)
         print(f"{s.name:10} {counts[0]:7} {counts[1]:7} {counts[2]:7} {n_vertices:9}")
         if not counts[0] or not counts[1]:
             raise UserError(f"{s.name} has {len(s.pictures)} training pictures, too few to train and validate with.")
-    return split
+    return np.concatenate(splits)
 
 
 def main():
@@ -433,29 +403,24 @@ def main():
     for s in progress(subjects, desc="checking activity"):
         for hemi in HEMIS:
             check_activity(s.activity[hemi])
-    training_ids = np.unique(np.concatenate([s.nsd_ids for s in subjects]))
-    test_ids = np.unique(np.concatenate([s.test_nsd_ids for s in subjects]))
-    nsd_ids = np.concatenate([training_ids, np.setdiff1d(test_ids, training_ids)])
-    row_of_id = {nsd_id: row for row, nsd_id in enumerate(nsd_ids.tolist())}
-    path_of_row = {}
-    for s in subjects:
-        for picture, nsd_id in zip(s.pictures + s.test_pictures, [*s.nsd_ids.tolist(), *s.test_nsd_ids.tolist()]):
-            path_of_row.setdefault(row_of_id[nsd_id], picture)
-
-    def rows(ids):
-        return np.array([row_of_id[i] for i in ids.tolist()], np.int64)
-
     space = build_space(subjects)
+    ids = np.concatenate([s.nsd_ids for s in subjects])
+    test_ids = np.concatenate([s.test_nsd_ids for s in subjects])
+    training_ids = np.unique(ids)
+    nsd_ids = np.concatenate([training_ids, np.setdiff1d(test_ids, training_ids)])
+    order = np.argsort(nsd_ids)
+    paths = [path for s in subjects for path in s.pictures] + [path for s in subjects for path in s.test_pictures]
+    path_of_id = dict(zip([*ids, *test_ids], paths))
     samples = {
         "subject": np.repeat(np.arange(len(subjects)), [len(s.pictures) for s in subjects]),
-        "image": np.concatenate([rows(s.nsd_ids) for s in subjects]),
+        "image": np.searchsorted(training_ids, ids),
         "split": assign_splits(subjects, training_ids),
         "test_subject": np.repeat(np.arange(len(subjects)), [len(s.test_pictures) for s in subjects]),
-        "test_image": np.concatenate([rows(s.test_nsd_ids) for s in subjects]),
+        "test_image": order[np.searchsorted(nsd_ids, test_ids, sorter=order)],
     }
     write_prepared(
         DATA_DIR, space=space, samples=samples, nsd_ids=nsd_ids, n_training_images=len(training_ids),
-        activity=activity_blocks(subjects, space), images=decode_pictures([path_of_row[i] for i in range(len(nsd_ids))]),
+        activity=activity_blocks(subjects, space), images=decode_pictures([path_of_id[i] for i in nsd_ids]),
         splits=SPLITS, made_with=made_with,
     )  # fmt: skip
 

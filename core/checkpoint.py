@@ -11,16 +11,15 @@ from model import Encoder, Head, Trunk, UserError
 FORMAT = "encoder-3"
 
 
-def trunk_fingerprint(trunk, layers, stored):
-    """Of the trunk's weights up to the last of these layers that a checkpoint does not store itself."""
-    state = trunk_state(trunk, layers)
-    return fingerprint(*(value for name, value in state.items() if name not in stored))
-
-
 def trunk_state(trunk, layers):
     """{name: weight} of a trunk, without blocks after the last of these layers."""
     later = tuple(f"vit.blocks.{i}." for i in range(max(layers) + 1, len(trunk.vit.blocks)))
     return {name: value for name, value in trunk.state_dict().items() if not later or not name.startswith(later)}
+
+
+def trunk_fingerprint(state, stored):
+    """Of the trunk's weights that a checkpoint does not store itself."""
+    return fingerprint(*(value for name, value in state.items() if name not in stored))
 
 
 def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished, train_nsd_ids, added=None):
@@ -37,7 +36,7 @@ def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished, 
         "versions": versions(),
         "trunk_settings": encoder.trunk.settings | {"layers": ",".join(map(str, encoder.layers))},
         "trunk": {name: state[name].detach().cpu() for name in stored},
-        "trunk_fingerprint": trunk_fingerprint(encoder.trunk, encoder.layers, stored),
+        "trunk_fingerprint": trunk_fingerprint(state, stored),
         "head": {name: value.detach().cpu() for name, value in encoder.head.state_dict().items()},
         "space": vars(space),
         "scores": scores,
@@ -67,7 +66,7 @@ def load_checkpoint(path, device="cpu"):
     content = read_checkpoint(path)
     trunk = Trunk(**content["trunk_settings"])
     stored, weights = content.pop("trunk"), content.pop("head")
-    if trunk_fingerprint(trunk, trunk.layers, stored) != content["trunk_fingerprint"]:
+    if trunk_fingerprint(trunk.state_dict(), stored) != content["trunk_fingerprint"]:
         raise UserError(
             f"{path} was trained on other weights of {trunk.settings['name']} than those loaded here: use the same "
             "weights file and library versions."
@@ -77,6 +76,7 @@ def load_checkpoint(path, device="cpu"):
         head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, len(weights["embed_bias"]))
     check_names(path, head.state_dict(), weights)
     trunk.load_state_dict(stored, strict=False)
+    trunk.trained = set(stored)
     head.load_state_dict(weights, assign=True)
     space = Space(**content.pop("space"))
     return Encoder(trunk, head).to(device, torch.float32).eval(), space, content
@@ -87,4 +87,6 @@ def check_names(path, expected, weights):
     differing = sorted(set(expected) ^ set(weights))
     differing += [name for name in expected if name in weights and expected[name].shape != weights[name].shape]
     if differing:
-        raise UserError(f"{path} does not fit the head in model.py; these parameters differ: {', '.join(differing[:6])}.")
+        raise UserError(
+            f"{path} does not fit the head in model.py; these parameters differ: {', '.join(differing[:6])}."
+        )

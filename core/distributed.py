@@ -36,14 +36,10 @@ def process_group():
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        with contextlib.ExitStack() as stack:
-            if not is_first():
-                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-            yield
-            dist.barrier()
-    except BaseException as error:
-        print(f"rank {rank()}: {type(error).__name__}", file=sys.stderr)
-        raise
+        with open(os.devnull, "w") as nowhere:
+            with contextlib.redirect_stdout(sys.stdout if is_first() else nowhere):
+                yield
+                dist.barrier()
     finally:
         dist.destroy_process_group()
 
@@ -52,7 +48,7 @@ class GatherRows(torch.autograd.Function):
     """x (n_layers, n, latent_dim) of every process -> all rows in the order of ranks, on each.
 
     Every process computes the same loss on the whole batch and has the whole gradient, so that backward only keeps
-    its own rows, times the number of processes, since average_gradients divides by it.
+    this process's rows, times the number of processes, since average_gradients divides by it.
     """
 
     @staticmethod
@@ -84,13 +80,7 @@ def average_gradients(parameters):
 
 def gather_objects(item):
     """Every process's item, in the order of ranks, on each."""
-    if world_size() == 1:
-        return [item]
-    items = [None] * world_size()
-    dist.all_gather_object(items, item)
+    items = [item] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(items, item)
     return items
-
-
-def from_first(item):
-    """Rank 0's item, on every process."""
-    return gather_objects(item)[0]

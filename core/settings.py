@@ -1,11 +1,10 @@
 """Constants on the command line, one message per error, and the choice of device and precision.
 
 A script's settings are annotated UPPER_CASE constants at its top; people edit them there, or override them for one
-run by name: `--steps 200`. The annotation says the type, the comment behind it is the help text.
+run by name: `--steps 200`. The annotation gives the type, the comment behind it is the help text.
 """
 
 import argparse
-import ast
 import difflib
 import os
 import platform
@@ -15,7 +14,6 @@ import time
 import typing
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 from tqdm import tqdm
@@ -25,63 +23,39 @@ from model import UserError
 
 
 def constants(namespace):
-    """{NAME: value} of a script's annotated constants. namespace: its globals(). Raises UserError on a wrong type."""
-    values = {}
-    for name, kind in namespace["__annotations__"].items():
-        values[name] = check_type(name, namespace[name], kind)
-    return values
+    """{NAME: value} of a script's annotated constants. namespace: its globals()."""
+    return {name: namespace[name] for name in namespace["__annotations__"]}
 
 
-def check_type(name, value, kind):
-    """value, if it is of its annotated type (int counts as float); else UserError."""
+def boolean(text):
+    return {"true": True, "false": False}[text.lower()]
+
+
+def converter(kind):
+    """The function that turns an option's text into the constant's type."""
     inner = typing.get_args(kind)
     if inner:
-        right = isinstance(value, tuple) and all(is_a(part, inner[0]) for part in value)
-    else:
-        right = is_a(value, kind)
-    if not right:
-        raise UserError(f"{name} is {value!r}, expected {describe(kind)}.")
-    return value
-
-
-def is_a(value, kind):
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-
-
-def describe(kind):
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    inner = typing.get_args(kind)
-    return f"values separated by commas, each {names[inner[0]]}" if inner else names[kind]
-
-
-def parse(name, text, kind):
-    """The text of a command-line option as the constant's type."""
-    inner = typing.get_args(kind)
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if inner:
-            return tuple(inner[0](part.strip()) for part in text.strip("()").split(",") if part.strip())
-        return check_type(name, kind(text), kind)
-    except (KeyError, ValueError):
-        raise UserError(f"--{name.lower()} is {text!r}, expected {describe(kind)}.")
+        return lambda text: tuple(inner[0](part) for part in text.strip("()").split(",") if part.strip())
+    return boolean if kind is bool else kind
 
 
 def override(namespace, arguments):
-    """Set a script's constants from the command line."""
-    values = constants(namespace)
-    kinds, comments = namespace["__annotations__"], read_comments(namespace["__file__"])
+    """Set a script's constants from the command line. Raises UserError for unknown options and wrong types."""
+    source = Path(namespace["__file__"]).read_text(encoding="utf-8")
+    comments = dict(re.findall(r"^([A-Z_\d]+): .*?  # (.*)$", source, re.M))
     parser = argparse.ArgumentParser(
         description=namespace["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    for name, value in values.items():
+    for name, kind in namespace["__annotations__"].items():
+        value = namespace[name]
+        default = (
+            ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if kind is bool else value
+        )
+        help_text = f"{comments.get(name, '')} (default: {default})".replace("%", "%%")
+        number = {"nargs": "?", "const": "true"} if kind is bool else {}
+        number = {"nargs": "+"} if name == "IMAGES" else number  # a shell expands *.jpg
         options = {f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}
-        help_text = f"{comments.get(name, '')} (default: {show(value)})".replace("%", "%%")
-        bare = {"nargs": "?", "const": "true"} if kinds[name] is bool else {}
-        several = {"nargs": "+"} if name == "IMAGES" else {}  # a shell expands *.jpg
-        parser.add_argument(*sorted(options), dest=name, metavar="VALUE", help=help_text, **bare, **several)
+        parser.add_argument(*sorted(options), dest=name, metavar="VALUE", help=help_text, **number)
 
     def refuse(message):
         raise UserError(message)
@@ -93,24 +67,12 @@ def override(namespace, arguments):
         raise UserError(f"unknown option {unknown[0]}" + (f", did you mean {near[0]}?" if near else "; see --help."))
     for name, text in vars(chosen).items():
         if text is not None:
-            namespace[name] = parse(name, ",".join(text) if isinstance(text, list) else text, kinds[name])
-
-
-def show(value):
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value) or '""'
-
-
-def read_comments(path):
-    """{NAME: comment} of a script's constants."""
-    source = Path(path).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    comments = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign):
-            comments[node.target.id] = lines[node.end_lineno - 1].partition("  # ")[2]
-    return comments
+            text = ",".join(text) if isinstance(text, list) else text
+            try:
+                namespace[name] = converter(namespace["__annotations__"][name])(text)
+            except (KeyError, ValueError):
+                kind = getattr(namespace["__annotations__"][name], "__name__", "tuple")
+                raise UserError(f"--{name.lower()} is {text!r}, which is not of type {kind}.")
 
 
 def run(main, namespace, many=False):
@@ -118,9 +80,9 @@ def run(main, namespace, many=False):
     start = time.perf_counter()
     sys.stdout.reconfigure(line_buffering=True)  # a job's log can be followed
     script = Path(sys.argv[0]).name
-    if distributed.launched() and not many:
-        sys.exit(f"error: {script} runs in one process: start it without torchrun.")
     try:
+        if distributed.launched() and not many:
+            raise UserError(f"{script} runs in one process: start it without torchrun.")
         with distributed.process_group():
             override(namespace, sys.argv[1:])
             main()
@@ -130,8 +92,7 @@ def run(main, namespace, many=False):
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except torch.OutOfMemoryError as error:
-        hint = " Lower MICRO_BATCH or BATCH_SIZE." if "BATCH_SIZE" in namespace else ""
-        sys.exit(f"error: the GPU is out of memory.{hint} ({str(error).splitlines()[0]})")
+        sys.exit(f"error: the GPU is out of memory: lower MICRO_BATCH or BATCH_SIZE. ({str(error).splitlines()[0]})")
     except OSError as error:
         if error.filename is None:
             raise
@@ -139,42 +100,34 @@ def run(main, namespace, many=False):
 
 
 def peak_memory():
-    try:
-        import resource
-    except ImportError:  # Windows
-        return "unknown"
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    text = f"{peak / 1e9:.1f} GB"
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        text += f", GPU {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB"
-    return text
+    gpu = f", GPU {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB" if torch.cuda.is_initialized() else ""
+    return f"{peak / 1e9:.1f} GB{gpu}"
 
 
 def choose_device(name):
     """ "auto" takes a GPU where there is one; under torchrun each process its own."""
-    available = torch.cuda.is_available()
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise UserError(f"DEVICE is {name}, expected auto, cpu, cuda or cuda:0, cuda:1 …")
-    if name == "cpu" or name == "auto" and not available:
+    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
-    if not available:
-        raise UserError(f"DEVICE is {name}, but torch {torch.__version__} sees no GPU.")
     index = int(name.partition(":")[2] or 0)
     if distributed.launched():
         if ":" in name:
             raise UserError(f"DEVICE is {name}: under torchrun use auto, every process takes a GPU of its own.")
         index = int(os.environ["LOCAL_RANK"])
     if index >= torch.cuda.device_count():
-        raise UserError(f"there is no GPU {index}; torch sees {torch.cuda.device_count()}.")
+        raise UserError(f"DEVICE is {name}, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs.")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def choose_precision(name, device):
     """ "auto": bfloat16 where the hardware has it, else float16 on a GPU and float32 on a CPU."""
-    precisions = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if name in precisions:
-        return precisions[name]
+    if name in ("float32", "float16", "bfloat16"):
+        return getattr(torch, name)
     if name != "auto":
         raise UserError(f"PRECISION is {name}, expected auto, float32, float16 or bfloat16.")
     if device.type == "cuda":  # a V100 emulates bfloat16: ask without emulation
@@ -188,7 +141,7 @@ def versions():
 
 
 def progress(iterable=None, **options):
-    """tqdm; where output is no terminal, one line every 30 s."""
+    """tqdm; where output is not a terminal, one line every 30 s."""
     if not sys.stderr.isatty():
         options |= {"mininterval": 30, "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n"}
     return tqdm(iterable, disable=not distributed.is_first(), **options)

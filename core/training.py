@@ -5,6 +5,7 @@ takes its share of the pictures through crops, trunk and feature projection; the
 norm and loss see the whole batch, and gradients are averaged: the result of one process, to rounding.
 """
 
+import contextlib
 import inspect
 import json
 import math
@@ -13,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import model
 from core import distributed
-from core.checkpoint import mark_finished, save_checkpoint
+from core.checkpoint import mark_finished, read_checkpoint, save_checkpoint
 from core.files import atomic_write, fingerprint, load_torch, lock, save_torch
 from core.scores import median_r2, r2_score
 from core.settings import progress
@@ -28,11 +31,9 @@ from model import Crops, UserError, autocast, feature_latents, random_boxes, sma
 FORMAT = "training-3"
 # settings that may differ between a run and its continuation
 FREE = ("DATA_DIR", "RUN_DIR", "CHECKPOINT", "DEVICE", "PRECISION", "COMPILE", "OVERWRITE")
+STATE = ("step", "best", "saved", "log", "failed", "n_losses", "n_skipped", "loss_sum")  # of a learner
 MOST_SKIPPED = 100  # steps in a row that loss scaling may skip; it starts too high and needs some twenty
 IMAGE_KEYS = ("images", "top", "left", "size")
-
-
-# ---- batches -------------------------------------------------------------------------------------
 
 
 def sample_order(step, batch_size, n_samples, seed):
@@ -52,7 +53,7 @@ def sample_order(step, batch_size, n_samples, seed):
 class Batches:
     """Training batches from RAM, the next one prepared while the current one computes.
 
-    Each is a dict of this process's images (n_own, 256, 256, 3) uint8 and boxes (top, left, size), and of the whole
+    Each is a dict of this process's images (n_local, 256, 256, 3) uint8 and boxes (top, left, size), and of the whole
     batch's subject (n,) and targets: latents z*, residual r*, or activity (n, n_vertices) for a trained embedding.
     """
 
@@ -61,9 +62,9 @@ class Batches:
         self.images, self.rows = torch.from_numpy(images), data.samples("train")
         n, world = settings.BATCH_SIZE, distributed.world_size()
         at_once = settings.MICRO_BATCH * world or n
-        self.own = np.arange(n).reshape(-1, world, at_once // world)[:, distributed.rank()].ravel()
+        self.local = np.arange(n).reshape(-1, world, at_once // world)[:, distributed.rank()].ravel()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        shape = (len(self.own), *images.shape[1:])
+        shape = (len(self.local), *images.shape[1:])
         self.buffer = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self.stream else None
 
     def prepare(self, step):
@@ -71,15 +72,15 @@ class Batches:
         rows = self.rows[sample_order(step, s.BATCH_SIZE, len(self.rows), s.SEED)]
         boxes = random_boxes(len(rows), s.CROP_SCALE, np.random.default_rng([s.SEED, 2, step]))
         batch = {"subject": torch.from_numpy(self.data.subject[rows])}
-        batch |= {name: box[self.own] for name, box in zip(IMAGE_KEYS[1:], boxes)}
+        batch |= {name: box[self.local] for name, box in zip(IMAGE_KEYS[1:], boxes)}
         if s.TRAIN_EMBEDDING:
             batch["activity"] = torch.from_numpy(self.data.read_activity(rows))
         else:
             batch |= {"latents": self.pca.latents[rows], "residual": self.pca.residual[rows]}
-        image = torch.from_numpy(self.data.image[rows[self.own]])
+        image = torch.from_numpy(self.data.image[rows[self.local]])
         if self.stream is None:
             return batch | {"images": self.images[image]}
-        torch.cuda.set_device(self.device)  # threads start on GPU 0
+        torch.cuda.set_device(self.device)  # a new thread starts on GPU 0
         torch.index_select(self.images, 0, image, out=self.buffer)
         with torch.cuda.stream(self.stream):
             batch = {name: value.pin_memory().to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -89,11 +90,11 @@ class Batches:
 
     def __call__(self, first, last):
         with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self.prepare, first)
+            pending = pool.submit(self.prepare, first)
             for step in range(first, last):
-                batch = coming.result()
+                batch = pending.result()
                 if step + 1 < last:
-                    coming = pool.submit(self.prepare, step + 1)
+                    pending = pool.submit(self.prepare, step + 1)
                 if self.stream is not None:
                     for tensor in batch.values():
                         tensor.record_stream(torch.cuda.current_stream(self.device))
@@ -109,9 +110,6 @@ def read_pictures(data):
         images[start : start + 1024, ::16].sum()  # reads every page in before the first step
     torch.distributed.barrier()
     return images
-
-
-# ---- one step ------------------------------------------------------------------------------------
 
 
 def learning_rate(step, s):
@@ -130,7 +128,7 @@ def loss_of(head, z, batch):
     """
     if "activity" in batch:
         return F.mse_loss(head.decode(z), batch["activity"].float())
-    latents = batch["latents"].float()
+    latents = batch["latents"]
     squared = (z - latents[:, : z.shape[1]]).square().sum(1) + batch["residual"]
     squared = squared + latents[:, z.shape[1] :].square().sum(1)
     return squared.mean() / len(head.embed_bias)
@@ -147,6 +145,7 @@ class Learner:
         self.encoder, self.settings, self.precision = encoder.to(device), SimpleNamespace(**settings), precision
         s = self.settings
         self.output = Path(s.RUN_DIR) / name
+        self.log_path = log_path(self.output)
         self.made_with = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in FREE}
         self.made_with |= made_from | {"precision": str(precision).removeprefix("torch.")}
         self.source = fingerprint(inspect.getsource(model))
@@ -168,9 +167,8 @@ class Learner:
     def accumulate(self, features, part, first, share):
         """Gradients of one part of the batch, which is share of it. first: number of the part's first sample."""
         head, device = self.encoder.head, features[0].device
-        generator = torch.Generator(device)
         seed = np.random.default_rng([self.settings.SEED, 3, self.step, first]).integers(2**62)
-        generator.manual_seed(int(seed))
+        generator = torch.Generator(device).manual_seed(int(seed))
         with autocast(device, self.precision):
             p = head.project(self.encoder.choose(features), generator)
         z = head.encode(head.combine(distributed.gather_rows(p)), part["subject"])
@@ -179,7 +177,7 @@ class Learner:
         self.loss = self.loss + loss.detach()
 
     def update(self, buffers):
-        """The optimiser's step. A step that loss scaling skips leaves no trace: batch norm's buffers go back."""
+        """The optimiser's step. A step that loss scaling skips leaves no trace: batch norm's buffers are restored."""
         distributed.average_gradients(self.trainable.values())
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.settings)
@@ -199,29 +197,44 @@ class Learner:
     def is_finite(self):
         return math.isfinite(self.loss) if not self.n_skipped else self.n_skipped < MOST_SKIPPED
 
+    def weights(self):
+        """{name: tensor} that training changes: trained parameters and batch norm's statistics."""
+        buffers = {f"head.{name}": value for name, value in self.encoder.head.named_buffers()}
+        return {name: value.detach().cpu() for name, value in (self.trainable | buffers).items()}
+
     def state(self):
         """Everything that a continuation needs."""
-        names = ("step", "best", "saved", "log", "failed", "n_losses", "n_skipped")
-        state = {name: getattr(self, name) for name in names} | {"loss_sum": float(self.loss_sum)}
-        state |= {"made_with": self.made_with, "source": self.source, "scaler": self.scaler.state_dict()}
-        frozen = {name for name, p in self.encoder.named_parameters() if not p.requires_grad}
-        weights = {k: v for k, v in self.encoder.state_dict().items() if k not in frozen}
-        weights = {k: v.detach().cpu() for k, v in weights.items() if k in self.trainable or k.startswith("head.")}
-        return state | {"weights": weights, "optimizer": self.optimizer.state_dict()}
+        state = {name: getattr(self, name) for name in STATE} | {"loss_sum": float(self.loss_sum)}
+        state |= {"made_with": self.made_with, "source": self.source, "weights": self.weights()}
+        return state | {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def start_files(self, fresh, overwrite):
+        """Cut the log to what was restored; for a fresh run, remove the checkpoint, log and curves of an earlier one."""
+        if fresh and self.output.exists() and not overwrite and read_checkpoint(self.output)["step"]:
+            raise UserError(f"{self.output} exists without the state of its run; --overwrite true starts again.")
+        for path in (self.output, self.log_path.with_suffix(".png")) if fresh else ():
+            path.unlink(missing_ok=True)
+        with atomic_write(self.log_path) as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in self.log).encode())
 
     def restore(self, state):
-        differing = [k for k in self.made_with | state["made_with"] if self.made_with.get(k) != state["made_with"].get(k)]
+        before, now = state["made_with"], self.made_with
+        differing = [
+            f"{k}: {before.get(k)} before, {now.get(k)} now" for k in now | before if before.get(k) != now.get(k)
+        ]
         if differing:
-            lines = [f"{k}: {state['made_with'].get(k)} before, {self.made_with.get(k)} now" for k in differing]
-            raise UserError(f"{self.output.parent} holds a run with other settings ({'; '.join(lines)}): use another "
-                            "RUN_DIR, or --overwrite true to start again.")  # fmt: skip
-        own = self.state()
-        changed = set(own["weights"]) ^ set(state["weights"])
+            raise UserError(
+                f"{self.output.parent} holds a run with other settings ({'; '.join(differing)}): use another RUN_DIR, "
+                "or --overwrite true to start again."
+            )
+        changed = set(self.weights()) ^ set(state["weights"])
         if changed:
-            raise UserError(f"the head in model.py has changed since this run began ({', '.join(sorted(changed)[:4])}).")
+            raise UserError(
+                f"the head in model.py has changed since this run began ({', '.join(sorted(changed)[:4])})."
+            )
         if state["source"] != self.source:
             print("note: model.py has changed since this run began")
-        for name in ("step", "best", "saved", "log", "failed", "n_losses", "n_skipped", "loss_sum"):
+        for name in STATE:
             setattr(self, name, state[name])
         self.encoder.load_state_dict(state["weights"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -234,27 +247,22 @@ def train_step(learners, crops, batch, micro_batch=0):
     micro_batch: samples per process at a time (gradient accumulation; batch norm sees the micro-batch); 0: all.
     """
     encoder, precision = learners[0].encoder, learners[0].precision
-    n, n_own = len(batch["subject"]), len(batch["images"])
-    own_part = micro_batch or n_own
-    part_size = n * own_part // n_own
+    n, n_local = len(batch["subject"]), len(batch["images"])
+    local_size = micro_batch or n_local
+    size = n * local_size // n_local
     buffers = [[b.clone() for b in l.encoder.head.buffers()] if l.scaler.is_enabled() else [] for l in learners]
     for learner in learners:
         learner.encoder.train()
         learner.loss = 0.0
-    for k in range(n_own // own_part):
-        own = slice(k * own_part, (k + 1) * own_part)
-        images = crops(*(batch[name][own] for name in IMAGE_KEYS))
-        targets = {name: value for name, value in batch.items() if name not in IMAGE_KEYS}
-        part = {name: value[k * part_size : (k + 1) * part_size] for name, value in targets.items()}
+    for k in range(n_local // local_size):
+        images = crops(*(batch[name][k * local_size : (k + 1) * local_size] for name in IMAGE_KEYS))
+        part = {name: v[k * size : (k + 1) * size] for name, v in batch.items() if name not in IMAGE_KEYS}
         with autocast(images.device, precision):
             features = encoder.trunk(images)
         for learner in learners:
-            learner.accumulate(features, part, k * part_size + distributed.rank() * own_part, part_size / n)
+            learner.accumulate(features, part, k * size + distributed.rank() * local_size, size / n)
     for learner, before in zip(learners, buffers):
         learner.update(before)
-
-
-# ---- validation ----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -267,71 +275,70 @@ def validate(encoders, data, images, split, batch_size, precision):
     rows = [data.samples(split, s) for s in range(len(data.space.subjects))]
     pictures = np.unique(data.image[np.concatenate(rows)])
     rank, world = distributed.rank(), distributed.world_size()
-    own = np.array_split(pictures, world)[rank]
+    local = np.array_split(pictures, world)[rank]
     latents = [torch.zeros(0, e.head.shared.shape[1]) for e in encoders]
-    if len(own):
-        latents = [h.cpu() for h in feature_latents(encoders, images[own], batch_size, precision)]
+    if len(local):
+        latents = [h.cpu() for h in feature_latents(encoders, images[local], batch_size, precision)]
     latents = [torch.cat(parts) for parts in zip(*distributed.gather_objects(latents))]
-    mine = {}
+    scored = {}
     for s in range(rank, len(rows), world):
-        if len(rows[s]):
-            device = encoders[0].head.embed_bias.device
-            activity = torch.from_numpy(data.read_activity(rows[s])).to(device)
-            where = np.searchsorted(pictures, data.image[rows[s]])
-            for i, (encoder, h) in enumerate(zip(encoders, latents)):
-                prediction = encoder.predict(h[where].to(device), s)
-                loss = sum(F.mse_loss(p, a.float(), reduction="sum") for p, a in zip(prediction, activity))
-                finite = bool(torch.isfinite(prediction).all())  # else this head fails, not the others with it
-                r2 = r2_score(activity, prediction)[data.space.mask[s]].numpy() if finite else None
-                mine[s, i] = float(loss) if finite else math.nan, r2
-    found = {key: value for part in distributed.gather_objects(mine) for key, value in part.items()}
+        device = encoders[0].head.embed_bias.device
+        activity = torch.from_numpy(data.read_activity(rows[s])).to(device)
+        where = np.searchsorted(pictures, data.image[rows[s]])
+        for i, (encoder, h) in enumerate(zip(encoders, latents)):
+            prediction = encoder.predict(h[where].to(device), s)
+            loss = sum(F.mse_loss(p, a.float(), reduction="sum") for p, a in zip(prediction, activity))
+            finite = bool(torch.isfinite(prediction).all())  # else this head fails, not the others with it
+            r2 = r2_score(activity, prediction)[data.space.mask[s]].numpy() if finite else None
+            scored[s, i] = float(loss) if finite else math.nan, r2
+    scored = {key: value for part in distributed.gather_objects(scored) for key, value in part.items()}
     results = []
     for i in range(len(encoders)):
-        total = sum(found[s, i][0] for s in range(len(rows)) if (s, i) in found)
-        scores = {"val_loss": total / (sum(map(len, rows)) * data.space.n_vertices)}
-        r2 = [found[s, i][1] if (s, i) in found else None for s in range(len(rows))]
-        results.append(scores | median_r2(r2, data.space.subjects, "val_r2"))
+        losses, r2 = zip(*(scored[s, i] for s in range(len(rows))))
+        loss = sum(losses) / (sum(map(len, rows)) * data.space.n_vertices)
+        results.append({"val_loss": loss} | median_r2(r2, data.space.subjects, "val_r2"))
     return results
-
-
-# ---- the loop ------------------------------------------------------------------------------------
 
 
 class Run:
     """The learners of one run on one trunk, and what they share.
 
-    stage: name of state file; settings: constants shared by all learners; tolerant: a learner whose loss is not finite
-    stops while the others go on (search); else it ends the run.
+    stage: names the state file; settings: constants shared by all learners; tolerant: a learner whose loss is not
+    finite stops while the others go on (search); else it ends the run.
     """
 
     def __init__(self, stage, learners, data, pca, settings, tolerant=False):
         self.stage, self.learners, self.data, self.pca, self.tolerant = stage, learners, data, pca, tolerant
-        self.settings = SimpleNamespace(**settings)
+        self.settings, self.precision = SimpleNamespace(**settings), learners[0].precision
         self.state_path = Path(self.settings.RUN_DIR) / f"{stage}.state.pt"
-        self.encoders = [learner.encoder for learner in learners]
-        self.precision, self.device = learners[0].precision, self.encoders[0].head.embed_bias.device
 
     def run(self):
         """Train to the end, from the last validation of an earlier run with the same settings."""
-        if not distributed.is_first():
-            return self.train()
-        with lock(self.settings.RUN_DIR):
-            self.train()
+        with lock(self.settings.RUN_DIR) if distributed.is_first() else contextlib.nullcontext():
+            self.resume()
+            if any(learner.active() for learner in self.learners):
+                self.train()
+            else:
+                print(f"{self.settings.RUN_DIR} is finished; --overwrite true trains again")
+            self.conclude()
 
     def train(self):
-        s = self.settings
-        if self.resume():
-            return
+        s, first, last = self.settings, self.learners[0].step, max(l.settings.STEPS for l in self.learners)
+        head, trunk = self.learners[0].encoder.head, self.learners[0].encoder.trunk
         if s.COMPILE:
-            self.encoders[0].trunk.compile()
-        images = read_pictures(self.data)
-        batches = Batches(self.data, self.pca, images, s, self.device)
-        crops = Crops(self.encoders[0].trunk, smallest_crop(s.CROP_SCALE), device=self.device)
+            trunk.compile()
+        images, device = read_pictures(self.data), head.embed_bias.device
+        batches = Batches(self.data, self.pca, images, s, device)
+        crops = Crops(trunk, smallest_crop(s.CROP_SCALE), device)
         every = s.VALIDATE_EVERY or math.ceil(len(batches.rows) / s.BATCH_SIZE)
-        first, last = self.learners[0].step, max(learner.settings.STEPS for learner in self.learners)
-        self.describe(len(batches.rows), last)
+        n_trainable, n_head = (
+            sum(p.numel() for p in ps) for ps in (self.learners[0].trainable.values(), head.parameters())
+        )
+        print(f"{n_trainable:,} trainable parameters, {n_head:,} in the head; {self.precision} on {device}")
+        print(f"{len(batches.rows)} training samples, {last} steps of {s.BATCH_SIZE}")
+        self.clock, self.clock_step = time.perf_counter(), first
         if not self.learners[0].log:
-            self.validate(images)
+            self.validate(self.learners, images)
         with progress(total=last, initial=first, desc=self.stage, unit="step") as bar:
             for step, batch in batches(first, last):
                 active = [learner for learner in self.learners if learner.active()]
@@ -339,120 +346,94 @@ class Run:
                     break
                 train_step(active, crops, batch, s.MICRO_BATCH)
                 bar.update()
-                if (step + 1) % 10 == 0 or step + 1 == last:  # reading the loss waits for the GPU
+                due = [l for l in active if (step + 1) % every == 0 or l.step == l.settings.STEPS]
+                if step % 10 == 9 or due:  # reading the loss waits for the GPU
                     self.check_losses(active)
                     bar.set_postfix_str(f"loss {float(active[0].loss):.5f}")
-                ending = any(learner.step == learner.settings.STEPS for learner in active)
-                if (step + 1) % every == 0 or ending:
-                    self.check_losses(active)
-                    self.validate(images)
-        self.conclude()
+                if due:
+                    self.validate(due, images)
 
-    def describe(self, n_samples, last):
-        head = self.encoders[0].head
-        trainable = sum(p.numel() for p in self.learners[0].trainable.values())
-        total = sum(p.numel() for p in head.parameters())
-        print(
-            f"{trainable:,} trainable parameters, {total:,} in the head; {n_samples} training samples, {last} steps of "
-            f"{self.settings.BATCH_SIZE}, {str(self.precision).removeprefix('torch.')} on {self.device}"
-        )
-        self.clock, self.clock_step = time.perf_counter(), self.learners[0].step
-
-    def validate(self, images):
-        """Score the learners that train, keep those that are better than before, save the state."""
-        current = [learner for learner in self.learners if not self.is_over(learner)]
-        batch_size = self.settings.MICRO_BATCH or self.settings.BATCH_SIZE
-        encoders = [learner.encoder for learner in current]
-        for learner, scores in zip(current, validate(encoders, self.data, images, "val", batch_size, self.precision)):
+    def validate(self, due, images):
+        """Score learners, write the checkpoints of those that are better than ever before, save the state."""
+        due, s = [learner for learner in due if not learner.failed], self.settings
+        encoders = [learner.encoder for learner in due]
+        results = validate(encoders, self.data, images, "val", s.MICRO_BATCH or s.BATCH_SIZE, self.precision)
+        seconds = time.perf_counter() - self.clock
+        for learner, scores in zip(due, results):
             if not math.isfinite(scores["val_loss"]):
                 self.fail(learner)
                 continue
-            learner.log.append(self.log_entry(learner, scores))
+            entry = {"step": learner.step, "learning_rate": learning_rate(max(0, learner.step - 1), learner.settings)}
+            entry["train_loss"] = float(learner.loss_sum) / learner.n_losses if learner.n_losses else None
+            entry["step_loss"] = float(learner.loss) if learner.step else None
+            n_pictures = (learner.step - self.clock_step) * s.BATCH_SIZE
+            entry |= {"seconds": round(seconds, 2), "pictures_per_second": round(n_pictures / seconds, 1)}
+            learner.log.append(entry | scores)
             learner.loss_sum, learner.n_losses = 0.0, 0
             if not scores["val_r2"] <= learner.best:
                 learner.best, learner.saved = scores["val_r2"], True
-                self.keep(learner, scores)
+                self.save_best(learner, scores)
             on_log(learner, learner.log[-1])
-        self.save()
-        self.clock, self.clock_step = time.perf_counter(), self.learners[0].step
-
-    def is_over(self, learner):
-        return bool(learner.failed) or bool(learner.log) and learner.log[-1]["step"] == learner.step
-
-    def log_entry(self, learner, scores):
-        seconds, steps = time.perf_counter() - self.clock, learner.step - self.clock_step
-        train_loss = float(learner.loss_sum) / learner.n_losses if learner.n_losses else None
-        rate = learning_rate(max(0, learner.step - 1), learner.settings)
-        entry = {"step": learner.step, "train_loss": train_loss, "learning_rate": rate, "seconds": round(seconds, 2)}
-        return entry | {"pictures_per_second": round(steps * self.settings.BATCH_SIZE / seconds, 1)} | scores
-
-    def keep(self, learner, scores):
         if distributed.is_first():
-            save_checkpoint(
-                learner.output, learner.encoder, space=self.data.space, scores=scores, step=learner.step, finished=False,
-                made_with=learner.made_with | {"source": learner.source},
-                train_nsd_ids=self.data.nsd_ids[self.data.image[self.data.samples("train")]],
-            )  # fmt: skip
+            save_torch(self.state_path, {"learners": [learner.state() for learner in self.learners]}, FORMAT)
+        self.clock, self.clock_step = time.perf_counter(), max(learner.step for learner in self.learners)
+
+    def save_best(self, learner, scores):
+        if distributed.is_first():
+            nsd_ids = self.data.nsd_ids[self.data.image[self.data.samples("train")]]
+            record = {"scores": scores, "step": learner.step, "finished": False, "train_nsd_ids": nsd_ids}
+            record["made_with"] = learner.made_with | {"source": learner.source}
+            save_checkpoint(learner.output, learner.encoder, space=self.data.space, **record)
 
     def check_losses(self, active):
         for learner in active:
-            if not learner.failed and not learner.is_finite():
+            if not learner.is_finite():
                 self.fail(learner)
 
     def fail(self, learner):
         learner.failed = f"the loss is not finite after step {learner.step}: lower LEARNING_RATE."
         if not self.tolerant:
             raise UserError(f"{learner.output}: {learner.failed}")
-        print(f"{learner.output}: {learner.failed} The other heads go on.")
-
-    def save(self):
-        if distributed.is_first():
-            save_torch(self.state_path, {"learners": [learner.state() for learner in self.learners]}, FORMAT)
+        print(f"{learner.output}: {learner.failed} The other heads continue.")
 
     def resume(self):
-        """Restore an earlier run -> whether it is finished. All ranks have to restore the same step."""
-        if self.state_path.exists() and not self.settings.OVERWRITE:
+        """Restore an earlier run with the same settings, or remove its files. All ranks must restore the same step."""
+        fresh = self.settings.OVERWRITE or not self.state_path.exists()
+        if not fresh:
             states = load_torch(self.state_path, FORMAT, f"{self.stage}.py")["learners"]
             if len(states) != len(self.learners):
                 raise UserError(f"{self.state_path} holds {len(states)} heads, not {len(self.learners)}.")
             for learner, state in zip(self.learners, states):
                 learner.restore(state)
-        elif self.learners[0].output.exists() and not self.settings.OVERWRITE:
-            raise UserError(f"{self.learners[0].output} exists without {self.state_path}: --overwrite true starts again.")
-        elif distributed.is_first():
-            self.state_path.unlink(missing_ok=True)
-            for learner in self.learners:
-                for path in (learner.output, log_path(learner.output), log_path(learner.output).with_suffix(".png")):
-                    path.unlink(missing_ok=True)
+            print(f"continuing after step {max(learner.step for learner in self.learners)}")
         steps = [learner.step for learner in self.learners]
         if any(other != steps for other in distributed.gather_objects(steps)):
-            raise UserError(f"the processes restored different steps of {self.state_path}: it is not the same file for all.")
-        finished = not any(learner.active() for learner in self.learners)
-        if finished:
-            print(f"{self.state_path.parent} is finished; --overwrite true trains again")
-            self.conclude()
-        elif any(steps):
-            print(f"continuing after step {max(steps)}")
-        return finished
+            raise UserError(
+                f"the processes restored different steps from {self.state_path}; all must see the same file."
+            )
+        if distributed.is_first():
+            for learner in self.learners:
+                learner.start_files(fresh, self.settings.OVERWRITE)
+            if fresh:
+                self.state_path.unlink(missing_ok=True)
 
     def conclude(self):
         for learner in self.learners:
             if learner.saved and distributed.is_first():
                 mark_finished(learner.output)
                 if not self.tolerant:
-                    plot_curves(learner.log, log_path(learner.output).with_suffix(".png"))
+                    save_curves(learner.log, learner.log_path.with_suffix(".png"))
                     print(f"wrote {learner.output}: validation median R² {learner.best:.4f}")
-
-
-# ---- log and curves ------------------------------------------------------------------------------
 
 
 def on_log(learner, entry):
     """Called with every entry of the log: the place to hand them to TensorBoard, W&B or another tracker."""
     if distributed.is_first():
-        with atomic_write(log_path(learner.output)) as file:  # whole: a killed run may repeat its last validation
-            file.write("".join(json.dumps(each) + "\n" for each in learner.log).encode())
-        print(f"{learner.output.name} step {entry['step']}: val loss {entry['val_loss']:.5f}, median R² {entry['val_r2']:.4f}")
+        with open(learner.log_path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(
+            f"{learner.output.name} step {entry['step']}: val loss {entry['val_loss']:.5f}, median R² {entry['val_r2']:.4f}"
+        )
 
 
 def log_path(output):
@@ -466,42 +447,28 @@ def read_log(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def curves(log):
-    """Report, Figure 3: {"train", "validation", "r2": (steps, values)}."""
-    names = {"train": "train_loss", "validation": "val_loss", "r2": "val_r2"}
-    entries = {name: [e for e in log if e[key] is not None] for name, key in names.items()}
-    return {name: ([e["step"] for e in entries[name]], [e[key] for e in entries[name]]) for name, key in names.items()}
-
-
-def plot_curves(log, path):
-    import matplotlib
-
+def save_curves(log, path):
+    """Report, Figure 3: training and validation loss, validation median R²."""
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    series = curves(log)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    left.plot(*series["train"], label="train")
-    left.plot(*series["validation"], label="validation")
-    left.set(xlabel="step", ylabel="mean squared error")
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axis, key, label in ((left, "train_loss", "train"), (left, "val_loss", "validation"), (right, "val_r2", None)):
+        axis.plot(
+            [e["step"] for e in log if e[key] is not None], [e[key] for e in log if e[key] is not None], label=label
+        )
     left.legend()
-    right.plot(*series["r2"], color="C1")
+    left.set(xlabel="step", ylabel="mean squared error")
     right.set(xlabel="step", ylabel="validation median R²")
     with atomic_write(path) as file:
         figure.savefig(file, dpi=150, format="png")
-    plt.close(figure)
 
 
 def check_settings(settings):
     """UserError for settings that would train something else than they say."""
     s, world = SimpleNamespace(**settings), distributed.world_size()
-    if s.BATCH_SIZE < 2 or s.BATCH_SIZE % world:
-        raise UserError(f"BATCH_SIZE is {s.BATCH_SIZE}, which is not divisible by {world} processes.")
-    if s.MICRO_BATCH and (s.MICRO_BATCH < 2 or s.BATCH_SIZE % (s.MICRO_BATCH * world)):
-        raise UserError(f"BATCH_SIZE {s.BATCH_SIZE} is not divisible by MICRO_BATCH {s.MICRO_BATCH} x {world} processes.")
-    if not 0 <= s.WARMUP_STEPS < s.STEPS:
-        raise UserError(f"WARMUP_STEPS is {s.WARMUP_STEPS}, expected fewer than STEPS, {s.STEPS}.")
-    if not 0 <= s.FEATURE_DROPOUT < 1 or not 0 < s.CROP_SCALE <= 1:
-        raise UserError("FEATURE_DROPOUT has to be in [0, 1), CROP_SCALE in (0, 1].")
-    if len(s.BETAS) != 2 or not all(0 <= beta < 1 for beta in s.BETAS):
-        raise UserError(f"BETAS is {s.BETAS}, expected two numbers in [0, 1).")
+    if s.BATCH_SIZE < 2 or s.MICRO_BATCH == 1 or s.BATCH_SIZE % (world * (s.MICRO_BATCH or 1)):
+        raise UserError(
+            f"BATCH_SIZE {s.BATCH_SIZE} is not divisible by MICRO_BATCH {s.MICRO_BATCH} x {world} processes."
+        )
+    if not 0 <= s.WARMUP_STEPS < s.STEPS or not 0 <= s.FEATURE_DROPOUT < 1 or not 0 < s.CROP_SCALE <= 1:
+        raise UserError("WARMUP_STEPS must be below STEPS, FEATURE_DROPOUT in [0, 1), CROP_SCALE in (0, 1].")

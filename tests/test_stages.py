@@ -141,13 +141,8 @@ def test_pca_is_scikit_learns(data_dir):
     z = np.random.default_rng(0).standard_normal((len(activity), n))  # the loss of any z is the one over vertices
     expected = ((z @ basis.T + mean - activity) ** 2).mean(1)
     loss = (((z - pca.latents.double().numpy()) ** 2).sum(1) + pca.residual.numpy()) / data.space.n_vertices
-    np.testing.assert_allclose(loss, expected, rtol=2e-3)  # targets as float16
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
     np.testing.assert_allclose(loss.mean(), expected.mean(), rtol=1e-4)
-    scores = []
-    for s, mask in enumerate(data.space.mask.numpy()):
-        y = activity[data.samples("val", s)]
-        scores.append(vertex_r2(y, (y - mean) @ basis @ basis.T + mean)[mask])
-    assert abs(pca.val_r2 - np.median(np.concatenate(scores))) < 1e-3
 
 
 # ---- training ------------------------------------------------------------------------------------
