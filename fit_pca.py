@@ -24,7 +24,7 @@ DATA_DIR: str = "data"  # prepared data; pca.pt is written there too
 PCA_DIM: int = 2048  # components (report, Table 1)
 PASSES: int = 4  # power iterations of the randomised SVD
 SEED: int = 0  # of its starting block
-DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N; a GPU needs 12 GB at full size
+DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N; a GPU needs 16 GB at full size
 OVERWRITE: bool = False  # fit again although pca.pt exists
 
 FORMAT = "pca-3"
@@ -42,21 +42,6 @@ class PCA:
     latents: torch.Tensor  # z* (n_samples, pca_dim) float32, rows as in activity.npy
     residual: torch.Tensor  # r* (n_samples,) float32
     fingerprint: str
-
-
-def read_centred(data, rows, device):
-    """Activity (len(rows), n_vertices) float32 minus its mean, on the device -> (activity, mean (n_vertices,)).
-
-    10 GB at full size, as the report loaded everything.
-    """
-    y = torch.empty(len(rows), data.space.n_vertices, device=device)
-    total = torch.zeros(data.space.n_vertices, dtype=torch.float64, device=device)
-    for start in progress(range(0, len(rows), CHUNK), desc="reading activity"):
-        chunk = y[start : start + CHUNK]
-        chunk.copy_(torch.from_numpy(data.read_activity(rows[start : start + CHUNK])))
-        total += chunk.sum(0, dtype=torch.float64)
-    mean = (total / len(rows)).float()
-    return y.sub_(mean), mean
 
 
 def fit(y, pca_dim, passes, seed):
@@ -111,24 +96,20 @@ def main():
     if not 1 <= PCA_DIM <= min(len(rows), data.space.n_vertices):
         raise UserError(f"PCA_DIM is {PCA_DIM}, but there are {len(rows)} samples of {data.space.n_vertices} vertices.")
     with lock(DATA_DIR):
-        y, mean = read_centred(data, rows, device)
+        y = torch.from_numpy(data.read_activity(rows)).to(device, torch.float32)  # 10 GB at full size
+        mean = y.mean(0, dtype=torch.float64).float()
+        y -= mean
         components = fit(y, PCA_DIM, PASSES, SEED)
         total_variance = float(squared_norm(y).sum()) / (len(rows) - 1)
         del y
         latents, residual = project(data, components, mean)
         variance = latents[rows].double().var(0)
         content = {
-            "made_with": made_with,
-            "versions": versions(),
-            "data_fingerprint": data.fingerprint,
-            "components": components.cpu(),
-            "mean": mean.cpu(),
-            "explained_variance": variance,
-            "total_variance": total_variance,
-            "latents": latents,
-            "residual": residual,
+            "made_with": made_with, "versions": versions(), "data_fingerprint": data.fingerprint,
+            "components": components.cpu(), "mean": mean.cpu(), "latents": latents, "residual": residual,
+            "explained_variance": variance, "total_variance": total_variance,
             "fingerprint": fingerprint(components, mean),
-        }
+        }  # fmt: skip
         save_torch(path, content, FORMAT)
     print(f"{PCA_DIM} components of {len(rows)} samples explain {variance.sum() / total_variance:.1%} of the variance")
     print(f"wrote {path}")

@@ -40,7 +40,6 @@ class Trunk(nn.Module):
 
     def __init__(self, name, layers, image_size=224, pretrained=True, seed=0):
         super().__init__()
-        name = full_name(name)
         self.settings = dict(name=name, layers=layers, image_size=image_size, pretrained=pretrained, seed=seed)
         self.vit = create_vit(name, image_size, pretrained, seed)
         self.layers = parse_layers(layers)
@@ -92,14 +91,6 @@ def parse_layers(layers):
     if not match:
         raise UserError(f'LAYERS is "{layers}", expected block numbers such as "0,2,4,6,8,10".')
     return sorted({int(number) for number in match[1].split(",")})
-
-
-def full_name(name):
-    """timm's name with the tag of its default weights: vit_base_patch16_224 -> vit_base_patch16_224.augreg2_in21k_…"""
-    config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
-    if config is None:
-        raise UserError(f"timm has no model {name}.")
-    return f"{config.architecture}.{config.tag}" if config.tag and config.has_weights else name
 
 
 def create_vit(name, image_size, pretrained, seed):
@@ -184,12 +175,12 @@ class Head(nn.Module):
 
     def combine(self, p):
         """p (n_layers, n, latent_dim) -> h (n, latent_dim). In training batch norm uses these n samples."""
-        with full_precision(p):
+        with autocast(p.device):
             return torch.stack([f.norm(p_l) for f, p_l in zip(self.projections, p)]).mean(0)
 
     def encode(self, h, subject=None):
         """h (n, latent_dim), subject (n,) int64 or None -> z (n, pca_dim)."""
-        with full_precision(h):
+        with autocast(h.device):
             z = F.linear(h, self.shared)  #                                 (n, pca_dim)
             if subject is not None:
                 every = F.linear(h, self.subject_weight.flatten(0, 1), self.subject_bias.flatten())
@@ -199,7 +190,7 @@ class Head(nn.Module):
 
     def decode(self, z):
         """z (n, pca_dim) -> activity y (n, n_vertices)."""
-        with full_precision(z):
+        with autocast(z.device):
             return F.linear(z, self.embed_weight, self.embed_bias)
 
     def with_parameters(self, **tensors):
@@ -216,12 +207,8 @@ def uniform(*shape, fan_in=None):
     return torch.empty(shape).uniform_(-bound, bound)
 
 
-def full_precision(x):
-    """The head after its projections costs a thousandth of the trunk: float32 keeps rounding out of it."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def autocast(device, precision):
+def autocast(device, precision=torch.float32):
+    """float32 switches an outer autocast off: the head after its projections costs a thousandth of the trunk."""
     return torch.autocast(torch.device(device).type, precision, enabled=precision != torch.float32)
 
 
@@ -265,23 +252,14 @@ def trunk_outputs(trunk, images, functions, batch_size=64, precision=torch.float
     crops = Crops(trunk, device=device)
     parts = []
     for start in range(0, len(images), batch_size):
-        batch = torch.as_tensor(np.array(images[start : start + batch_size])).to(device)
+        batch = images[start : start + batch_size]
+        batch = (batch if isinstance(batch, torch.Tensor) else torch.from_numpy(np.array(batch))).to(device)
         with autocast(device, precision):
             features = trunk(crops.whole(batch))
             parts.append([function(features) for function in functions])
         if update:
             update(len(batch))
     return [torch.cat(part) for part in zip(*parts)]
-
-
-def feature_latents(encoders, images, batch_size=64, precision=torch.float32, update=None):
-    """h (n, latent_dim) of whole pictures for each encoder; encoders that share a trunk share its pass."""
-    latents = {}
-    for trunk in dict.fromkeys(encoder.eval().trunk for encoder in encoders):
-        sharing = [encoder for encoder in encoders if encoder.trunk is trunk]
-        functions = [encoder.latents for encoder in sharing]
-        latents |= dict(zip(sharing, trunk_outputs(trunk, images, functions, batch_size, precision, update)))
-    return [latents[encoder] for encoder in encoders]
 
 
 class Crops:
@@ -303,7 +281,7 @@ class Crops:
     def __call__(self, images, top, left, size):
         """images (n, 256, 256, 3) uint8; top, left, size (n,) int64 px -> (n, 3, size, size) float32, normalised."""
         n = len(images)
-        with full_precision(images):
+        with autocast(images.device):
             rows, columns = self.weights(top, size), self.weights(left, size)  #  (n, size, 256)
             x = torch.bmm(rows, images.flatten(2).float())  #                     (n, size, 256 * 3)
             x = x.view(n, self.size, PICTURE_SIZE, 3).permute(0, 3, 1, 2)  #      (n, 3, size, 256)
@@ -323,18 +301,10 @@ class Crops:
 
 
 def resize_weights(source, size):
-    """Antialiased bicubic resampling (a = -0.5), source px -> size px: weights (size, source)."""
-    scale = max(source / size, 1.0)
-    centre = (torch.arange(size, dtype=torch.float64) + 0.5) * source / size
-    first = (centre - 2 * scale + 0.5).long().clamp(min=0)
-    last = (centre + 2 * scale + 0.5).long().clamp(max=source)
-    pixel = torch.arange(source)
-    x = ((pixel + 0.5 - centre[:, None]) / scale).abs()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
-    weights *= (pixel >= first[:, None]) & (pixel < last[:, None])
-    return (weights / weights.sum(1, keepdim=True)).float()
+    """Antialiased bicubic resampling, source px -> size px: weights (size, source). Resizing is linear: what it makes
+    of the identity."""
+    identity = torch.eye(source, dtype=torch.float64)[None, None]
+    return F.interpolate(identity, (size, source), mode="bicubic", antialias=True)[0, 0].float()
 
 
 def smallest_crop(smallest_area):

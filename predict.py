@@ -15,7 +15,7 @@ from core.files import output_folder
 from core.scores import check_finite
 from core.settings import choose_device, choose_precision, progress, run
 from core.space import HEMIS, N_FSAVERAGE
-from model import UserError, feature_latents
+from model import UserError, trunk_outputs
 
 DATA_DIR: str = "data"  # prepared data
 RUN_DIR: str = "runs/base"  # input
@@ -77,7 +77,8 @@ class Predictor:
 
     def latents(self, images, update=None):
         """images (n, 256, 256, 3) uint8 -> per encoder h (n, latent_dim)."""
-        return feature_latents(self.encoders, images, self.batch_size, self.precision, update)
+        options = (self.batch_size, self.precision, update)
+        return [trunk_outputs(encoder.trunk, images, [encoder.latents], *options)[0] for encoder in self.encoders]
 
     @torch.inference_mode()
     def decode(self, latents, subject):

@@ -79,27 +79,20 @@ def read_subject(folder):
     pictures, nsd_ids = list_pictures(folder / "training_split/training_images")
     if not pictures:
         raise UserError(f"{folder}/training_split/training_images has no pictures such as train-0001_nsd-00013.png.")
-    vertices, activity = {}, {}
+    vertices, activity, rois = {}, {}, {}
     for hemi in HEMIS:
-        mask_path = folder / f"roi_masks/{hemi}.all-vertices_fsaverage_space.npy"
-        mask = read_npy(mask_path)
-        if mask.shape != (N_FSAVERAGE,) or not np.isin(mask, (0, 1)).all() or not mask.any():
-            raise UserError(f"{mask_path} is not a mask of fsaverage.")
+        path = folder / f"roi_masks/{hemi}.all-vertices_fsaverage_space.npy"
+        mask = read_npy(path, (N_FSAVERAGE,))
+        if not np.isin(mask, (0, 1)).all() or not mask.any():
+            raise UserError(f"{path} is not a mask of zeros and ones.")
         vertices[hemi] = np.flatnonzero(mask)
         activity[hemi] = folder / f"training_split/training_fmri/{hemi}_training_fmri.npy"
-        array, expected = read_npy(activity[hemi]), (len(pictures), len(vertices[hemi]))
-        if array.shape != expected or array.dtype.kind != "f":
-            raise UserError(f"{activity[hemi]} is {array.dtype} of shape {array.shape}, expected floats of {expected}.")
-    rois = {}
+        read_npy(activity[hemi], (len(pictures), len(vertices[hemi])))
     for group in ROI_GROUPS:
         paths = {hemi: folder / f"roi_masks/{hemi}.{group}_challenge_space.npy" for hemi in HEMIS}
-        if not any(path.exists() for path in paths.values()):
-            continue
-        labels = {hemi: read_npy(path).astype(np.int16) for hemi, path in paths.items()}
-        for hemi in HEMIS:
-            if labels[hemi].shape != vertices[hemi].shape:
-                raise UserError(f"{paths[hemi]} has shape {labels[hemi].shape}, expected {vertices[hemi].shape}.")
-        rois[group] = read_mapping(folder / f"roi_masks/mapping_{group}.npy"), labels
+        if any(path.exists() for path in paths.values()):
+            labels = {hemi: read_npy(path, vertices[hemi].shape).astype(np.int16) for hemi, path in paths.items()}
+            rois[group] = read_mapping(folder / f"roi_masks/mapping_{group}.npy"), labels
     test_pictures = list_pictures(folder / "test_split/test_images")
     return Subject(folder.name, pictures, nsd_ids, activity, vertices, *test_pictures, rois)
 
@@ -131,14 +124,17 @@ def list_pictures(folder):
     return paths, np.array(ids, np.int64)
 
 
-def read_npy(path):
-    """An npy file, memory-mapped, never unpickled."""
+def read_npy(path, shape=None):
+    """An npy file, memory-mapped, never unpickled. Raises UserError if it is damaged or of another shape."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} is missing.")
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is not a complete npy array ({str(error).splitlines()[0]}).")
+    if shape and array.shape != shape:
+        raise UserError(f"{path} has shape {array.shape}, expected {shape}.")
+    return array
 
 
 class MappingUnpickler(pickle.Unpickler):
@@ -159,17 +155,15 @@ def read_mapping(path):
             np.lib.format.read_array_header_1_0(file)
             mapping = MappingUnpickler(file, encoding="latin1").load().item()
         return {int(label): str(name) for label, name in mapping.items()}
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing.")
     except Exception as error:
-        raise UserError(f"{path} is not a dict of ROI names ({error}).")
+        raise UserError(f"{path} is missing or not a dict of ROI names ({error}).")
 
 
 def check_activity(path):
     """Refuse NaN and activity far from z-scores: the median deviation has to be 1/3 to 3, the median |mean| below 3."""
     activity = read_npy(path)
-    if not np.isfinite(activity).all():
-        raise UserError(f"{path} has values that are NaN or infinite.")
+    if activity.dtype.kind != "f" or not np.isfinite(activity).all():
+        raise UserError(f"{path} ({activity.dtype}) does not hold floats without NaN and infinite values.")
     mean, deviation = (np.median(np.abs(f(activity, 0, np.float32))) for f in (np.mean, np.std))
     if not 1 / 3 <= deviation <= 3 or mean > 3:
         raise UserError(
@@ -311,15 +305,11 @@ def write_prepared(
             (folder / f".{name}.part").replace(folder / name)
         facts = (space.subjects, space.n_lh, space.vertices, space.mask, splits, np.asarray(nsd_ids))
         content = {
-            "made_with": made_with,
-            "versions": versions(),
-            "fingerprint": fingerprint(*digests, *facts, *samples.values()),
-            "space": vars(space),
+            "made_with": made_with, "versions": versions(), "space": vars(space), "splits": splits,
             "samples": {name: torch.from_numpy(values) for name, values in samples.items()},
-            "splits": splits,
-            "nsd_ids": torch.as_tensor(np.asarray(nsd_ids)),
-            "n_training_images": n_training_images,
-        }
+            "nsd_ids": torch.as_tensor(np.asarray(nsd_ids)), "n_training_images": n_training_images,
+            "fingerprint": fingerprint(*digests, *facts, *samples.values()),
+        }  # fmt: skip
         save_torch(folder / "prepared.pt", content, FORMAT)
     print(f"wrote {folder}: {len(nsd_ids)} pictures, {len(samples['subject'])} samples")
 
@@ -346,12 +336,6 @@ class Prepared:
         """Rows of a split, in order; of one subject (an index) or of all."""
         chosen = self.split == SPLIT_NAMES.index(split)
         return np.flatnonzero(chosen if subject is None else chosen & (self.subject == subject))
-
-    def read_training_images(self):
-        """(n_training_images, 256, 256, 3) uint8 in RAM: 13.4 GB at full size."""
-        shape = (self.n_training_images, *self.images.shape[1:])
-        flat = np.fromfile(self.images.filename, np.uint8, int(np.prod(shape)), offset=self.images.offset)
-        return flat.reshape(shape)
 
     def read_activity(self, rows):
         """Activity of these samples: (len(rows), n_vertices) float16."""
@@ -403,10 +387,9 @@ def main():
     for s in progress(subjects, desc="checking activity"):
         for hemi in HEMIS:
             check_activity(s.activity[hemi])
-    space = build_space(subjects)
     ids = np.concatenate([s.nsd_ids for s in subjects])
     test_ids = np.concatenate([s.test_nsd_ids for s in subjects])
-    training_ids = np.unique(ids)
+    space, training_ids = build_space(subjects), np.unique(ids)
     nsd_ids = np.concatenate([training_ids, np.setdiff1d(test_ids, training_ids)])
     order = np.argsort(nsd_ids)
     paths = [path for s in subjects for path in s.pictures] + [path for s in subjects for path in s.test_pictures]

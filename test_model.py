@@ -11,7 +11,15 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from model import (
-    Crops, Encoder, Head, Trunk, UserError, feature_latents, parse_layers, random_boxes, smallest_crop,
+    Crops,
+    Encoder,
+    Head,
+    Trunk,
+    UserError,
+    parse_layers,
+    random_boxes,
+    smallest_crop,
+    trunk_outputs,
 )  # fmt: skip
 
 TRUNKS = {  # name: (number of prefix tokens, image size)
@@ -133,7 +141,8 @@ def test_encoder_of_fewer_layers_takes_them_from_a_shared_trunk(trunk):
     alone = Trunk("eva02_tiny_patch14_224.mim_in22k", "2", 56, pretrained=False)
     head = make_head(alone)
     images = torch.randint(0, 256, (3, 256, 256, 3), dtype=torch.uint8)
-    shared, own = feature_latents([Encoder(trunk, head, "2"), Encoder(alone, head)], images, batch_size=2)
+    encoders = Encoder(trunk, head, "2"), Encoder(alone, head)
+    shared, own = (trunk_outputs(e.trunk, images, [e.latents], batch_size=2)[0] for e in encoders)
     assert torch.equal(shared, own)
 
 
@@ -180,7 +189,7 @@ def test_layers_are_block_numbers():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("no_such_model", "0", 56, False), "no model"),
+        (("no_such_model", "0", 56, False), "no_such_model"),
         (("resnet18", "0", 64, False), "ViT"),
         (("eva02_tiny_patch14_224.mim_in22k", "0,12", 56, False), "0 to 11"),
         (("eva02_tiny_patch14_224.mim_in22k", "0", 56, True), "pretrained weights"),

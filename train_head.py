@@ -13,7 +13,7 @@ import torch
 import fit_pca
 import prepare_data
 from core import training
-from core.checkpoint import check_names, read_checkpoint
+from core.checkpoint import load_weights, read_checkpoint
 from core.settings import choose_device, choose_precision, constants, run
 from model import Encoder, Head, Trunk, UserError, parse_layers
 
@@ -48,26 +48,19 @@ COMPILE: bool = False  # true: torch.compile the trunk
 OVERWRITE: bool = False  # start again although RUN_DIR holds results
 
 
-def new_head(trunk, settings, data, pca):
-    """A head for these data, initialised from SEED. settings: a namespace of this script's constants."""
-    s, n_components = settings, pca.components.shape[1]
+def new_learner(trunk, settings, name, data, pca, device, precision):
+    """A new head on this trunk, ready to train. settings: this script's constants; name: of the checkpoint."""
+    s, n_components = SimpleNamespace(**settings), pca.components.shape[1]
     if s.PCA_DIM > n_components:
         raise UserError(f"PCA_DIM is {s.PCA_DIM}, but the PCA in {s.DATA_DIR} has {n_components} components.")
     pca_dim = s.PCA_DIM or n_components
     torch.manual_seed(s.SEED)
     shapes = [trunk.feature_shapes[trunk.layers.index(layer)] for layer in parse_layers(s.LAYERS)]
-    head = Head(shapes, s.LATENT_DIM, pca_dim, len(data.space.subjects), data.space.n_vertices, s.FEATURE_DROPOUT)
-    components = pca.components if pca_dim == n_components else pca.components[:, :pca_dim].contiguous()
+    head = Head(shapes, s.LATENT_DIM, pca_dim, len(data.space.subjects), data.space.n_vertices)
     if s.INIT_FROM:
-        weights = read_checkpoint(s.INIT_FROM)["head"]
-        check_names(s.INIT_FROM, head.state_dict(), weights)
-        head.load_state_dict(weights)
-    return head.with_parameters(embed_weight=components, embed_bias=pca.mean)
-
-
-def new_learner(trunk, settings, name, data, pca, device, precision):
-    """A new head on this trunk, ready to train. settings: this script's constants; name: of the checkpoint."""
-    encoder = Encoder(trunk, new_head(trunk, SimpleNamespace(**settings), data, pca), settings["LAYERS"])
+        load_weights(s.INIT_FROM, head, read_checkpoint(s.INIT_FROM)["head"])
+    components = pca.components if pca_dim == n_components else pca.components[:, :pca_dim].contiguous()
+    encoder = Encoder(trunk, head.with_parameters(embed_weight=components, embed_bias=pca.mean), s.LAYERS)
     made_from = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
     return training.Learner(encoder, settings, name, made_from, device, precision)
 

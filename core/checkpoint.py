@@ -32,19 +32,15 @@ def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished, 
     state = trunk_state(encoder.trunk, encoder.layers)
     stored = [name for name in encoder.trunk.stored_names() if name in state]
     content = {
-        "made_with": made_with,
-        "versions": versions(),
+        "made_with": made_with, "versions": versions(), "scores": scores, "step": step, "finished": finished,
         "trunk_settings": encoder.trunk.settings | {"layers": ",".join(map(str, encoder.layers))},
         "trunk": {name: state[name].detach().cpu() for name in stored},
         "trunk_fingerprint": trunk_fingerprint(state, stored),
         "head": {name: value.detach().cpu() for name, value in encoder.head.state_dict().items()},
         "space": vars(space),
-        "scores": scores,
-        "step": step,
-        "finished": finished,
         "train_nsd_ids": torch.as_tensor(np.unique(train_nsd_ids)),
         "added": {name: torch.as_tensor(ids) for name, ids in (added or {}).items()},
-    }
+    }  # fmt: skip
     content["fingerprint"] = fingerprint(*content["head"].values(), *content["trunk"].values())
     save_torch(path, content, FORMAT)
 
@@ -61,6 +57,13 @@ def mark_finished(path):
         save_torch(path, content | {"finished": True}, FORMAT)
 
 
+def load_weights(path, head, weights):
+    try:
+        head.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the head in model.py: {' '.join(str(error).split())[:300]}")
+
+
 def load_checkpoint(path, device="cpu"):
     """-> (Encoder on device in eval mode, Space, the rest of the checkpoint as a dict)."""
     content = read_checkpoint(path)
@@ -74,19 +77,8 @@ def load_checkpoint(path, device="cpu"):
     n_subjects, pca_dim, latent_dim = weights["subject_weight"].shape
     with torch.device("meta"):
         head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, len(weights["embed_bias"]))
-    check_names(path, head.state_dict(), weights)
     trunk.load_state_dict(stored, strict=False)
     trunk.trained = set(stored)
-    head.load_state_dict(weights, assign=True)
+    load_weights(path, head, weights)
     space = Space(**content.pop("space"))
     return Encoder(trunk, head).to(device, torch.float32).eval(), space, content
-
-
-def check_names(path, expected, weights):
-    """UserError where the parameters in a file are not those of the code."""
-    differing = sorted(set(expected) ^ set(weights))
-    differing += [name for name in expected if name in weights and expected[name].shape != weights[name].shape]
-    if differing:
-        raise UserError(
-            f"{path} does not fit the head in model.py; these parameters differ: {', '.join(differing[:6])}."
-        )

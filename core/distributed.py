@@ -9,6 +9,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
 
 
 def launched():
@@ -24,10 +25,6 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first():
-    return rank() == 0
-
-
 @contextlib.contextmanager
 def process_group():
     """Join the processes that torchrun started; all but rank 0 print nothing."""
@@ -37,33 +34,20 @@ def process_group():
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with open(os.devnull, "w") as nowhere:
-            with contextlib.redirect_stdout(sys.stdout if is_first() else nowhere):
+            with contextlib.redirect_stdout(sys.stdout if rank() == 0 else nowhere):
                 yield
                 dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-class GatherRows(torch.autograd.Function):
+def gather_rows(x):
     """x (n_layers, n, latent_dim) of every process -> all rows in the order of ranks, on each.
 
-    Every process computes the same loss on the whole batch and has the whole gradient, so that backward only keeps
-    this process's rows, times the number of processes, since average_gradients divides by it.
+    Every process computes the same loss on the whole batch, and backward sums their gradients: average_gradients
+    divides by the number of processes.
     """
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts, 1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.chunk(world_size(), 1)[rank()] * world_size()
-
-
-def gather_rows(x):
-    return GatherRows.apply(x) if world_size() > 1 else x
+    return torch.cat(all_gather(x.contiguous()), 1) if world_size() > 1 else x
 
 
 def average_gradients(parameters):

@@ -9,11 +9,13 @@ import difflib
 import os
 import platform
 import re
+import resource
 import sys
 import time
 import typing
 from pathlib import Path
 
+import filelock
 import timm
 import torch
 from tqdm import tqdm
@@ -27,16 +29,17 @@ def constants(namespace):
     return {name: namespace[name] for name in namespace["__annotations__"]}
 
 
-def boolean(text):
-    return {"true": True, "false": False}[text.lower()]
-
-
 def converter(kind):
-    """The function that turns an option's text into the constant's type."""
+    """The function that turns an option's text into the constant's type, or raises ValueError."""
     inner = typing.get_args(kind)
-    if inner:
-        return lambda text: tuple(inner[0](part) for part in text.strip("()").split(",") if part.strip())
-    return boolean if kind is bool else kind
+
+    def convert(text):
+        if inner:
+            return tuple(inner[0](part) for part in text.strip("()").split(",") if part.strip())
+        return bool(["false", "true"].index(text.lower())) if kind is bool else kind(text)
+
+    convert.__name__ = getattr(inner[0] if inner else kind, "__name__", "")  # argparse names it in its error
+    return convert
 
 
 def override(namespace, arguments):
@@ -55,7 +58,9 @@ def override(namespace, arguments):
         number = {"nargs": "?", "const": "true"} if kind is bool else {}
         number = {"nargs": "+"} if name == "IMAGES" else number  # a shell expands *.jpg
         options = {f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}
-        parser.add_argument(*sorted(options), dest=name, metavar="VALUE", help=help_text, **number)
+        parser.add_argument(
+            *sorted(options), dest=name, metavar="VALUE", type=converter(kind), help=help_text, **number
+        )
 
     def refuse(message):
         raise UserError(message)
@@ -65,14 +70,9 @@ def override(namespace, arguments):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
         raise UserError(f"unknown option {unknown[0]}" + (f", did you mean {near[0]}?" if near else "; see --help."))
-    for name, text in vars(chosen).items():
-        if text is not None:
-            text = ",".join(text) if isinstance(text, list) else text
-            try:
-                namespace[name] = converter(namespace["__annotations__"][name])(text)
-            except (KeyError, ValueError):
-                kind = getattr(namespace["__annotations__"][name], "__name__", "tuple")
-                raise UserError(f"--{name.lower()} is {text!r}, which is not of type {kind}.")
+    for name, value in vars(chosen).items():
+        if value is not None:
+            namespace[name] = ",".join(value) if isinstance(value, list) else value
 
 
 def run(main, namespace, many=False):
@@ -86,25 +86,18 @@ def run(main, namespace, many=False):
         with distributed.process_group():
             override(namespace, sys.argv[1:])
             main()
-            print(f"{script}: {time.perf_counter() - start:.0f} s, peak memory {peak_memory()}")
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+            print(f"{script}: {time.perf_counter() - start:.0f} s, peak memory {memory:.1f} GB")
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: the GPU is out of memory: lower MICRO_BATCH or BATCH_SIZE. ({str(error).splitlines()[0]})")
+    except filelock.Timeout as error:
+        sys.exit(f"error: another process is writing to {Path(error.lock_file).parent}.")
     except OSError as error:
         if error.filename is None:
             raise
         sys.exit(f"error: {error.filename}: {error.strerror}")
-
-
-def peak_memory():
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    gpu = f", GPU {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB" if torch.cuda.is_initialized() else ""
-    return f"{peak / 1e9:.1f} GB{gpu}"
 
 
 def choose_device(name):
@@ -119,7 +112,7 @@ def choose_device(name):
             raise UserError(f"DEVICE is {name}: under torchrun use auto, every process takes a GPU of its own.")
         index = int(os.environ["LOCAL_RANK"])
     if index >= torch.cuda.device_count():
-        raise UserError(f"DEVICE is {name}, but torch {torch.__version__} sees {torch.cuda.device_count()} GPUs.")
+        raise UserError(f"DEVICE is {name}, but torch sees {torch.cuda.device_count()} GPUs.")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -143,5 +136,9 @@ def versions():
 def progress(iterable=None, **options):
     """tqdm; where output is not a terminal, one line every 30 s."""
     if not sys.stderr.isatty():
-        options |= {"mininterval": 30, "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n"}
-    return tqdm(iterable, disable=not distributed.is_first(), **options)
+        options |= {
+            "mininterval": 30,
+            "delay": 30,
+            "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n",
+        }
+    return tqdm(iterable, disable=distributed.rank() > 0, **options)

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,12 +25,12 @@ from core.checkpoint import mark_finished, read_checkpoint, save_checkpoint
 from core.files import atomic_write, fingerprint, load_torch, lock, save_torch
 from core.scores import median_r2, r2_score
 from core.settings import progress
-from model import Crops, UserError, autocast, feature_latents, random_boxes, smallest_crop
+from model import Crops, UserError, autocast, random_boxes, smallest_crop, trunk_outputs
 
 FORMAT = "training-3"
 # settings that may differ between a run and its continuation
 FREE = ("DATA_DIR", "RUN_DIR", "CHECKPOINT", "DEVICE", "PRECISION", "COMPILE", "OVERWRITE")
-STATE = ("step", "best", "saved", "log", "failed", "n_losses", "n_skipped", "loss_sum")  # of a learner
+STATE = ("made_with", "source", "step", "best", "saved", "log", "failed", "n_losses", "n_skipped", "loss_sum")
 MOST_SKIPPED = 100  # steps in a row that loss scaling may skip; it starts too high and needs some twenty
 IMAGE_KEYS = ("images", "top", "left", "size")
 
@@ -41,13 +40,9 @@ def sample_order(step, batch_size, n_samples, seed):
 
     Depends on seed and step alone, so that a run can continue anywhere.
     """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // n_samples
-    order = np.empty(batch_size, np.int64)
-    for epoch in np.unique(epochs):
-        shuffled = np.random.default_rng([seed, 1, epoch]).permutation(n_samples)
-        order[epochs == epoch] = shuffled[positions[epochs == epoch] % n_samples]
-    return order
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n_samples)
+    orders = {epoch: np.random.default_rng([seed, 1, epoch]).permutation(n_samples) for epoch in np.unique(epochs)}
+    return np.array([orders[epoch][place] for epoch, place in zip(epochs, places)])
 
 
 class Batches:
@@ -64,28 +59,24 @@ class Batches:
         at_once = settings.MICRO_BATCH * world or n
         self.local = np.arange(n).reshape(-1, world, at_once // world)[:, distributed.rank()].ravel()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        shape = (len(self.local), *images.shape[1:])
-        self.buffer = torch.empty(shape, dtype=torch.uint8, pin_memory=True) if self.stream else None
 
     def prepare(self, step):
         s = self.settings
         rows = self.rows[sample_order(step, s.BATCH_SIZE, len(self.rows), s.SEED)]
         boxes = random_boxes(len(rows), s.CROP_SCALE, np.random.default_rng([s.SEED, 2, step]))
-        batch = {"subject": torch.from_numpy(self.data.subject[rows])}
+        batch = {"images": self.images[torch.from_numpy(self.data.image[rows[self.local]])]}
         batch |= {name: box[self.local] for name, box in zip(IMAGE_KEYS[1:], boxes)}
+        batch["subject"] = torch.from_numpy(self.data.subject[rows])
         if s.TRAIN_EMBEDDING:
             batch["activity"] = torch.from_numpy(self.data.read_activity(rows))
         else:
             batch |= {"latents": self.pca.latents[rows], "residual": self.pca.residual[rows]}
-        image = torch.from_numpy(self.data.image[rows[self.local]])
         if self.stream is None:
-            return batch | {"images": self.images[image]}
+            return batch
         torch.cuda.set_device(self.device)  # a new thread starts on GPU 0
-        torch.index_select(self.images, 0, image, out=self.buffer)
         with torch.cuda.stream(self.stream):
             batch = {name: value.pin_memory().to(self.device, non_blocking=True) for name, value in batch.items()}
-            batch["images"] = self.buffer.to(self.device, non_blocking=True)
-            self.stream.synchronize()  # waits in this thread only; the buffer is free again
+            self.stream.synchronize()  # waits in this thread only
         return batch
 
     def __call__(self, first, last):
@@ -95,29 +86,23 @@ class Batches:
                 batch = pending.result()
                 if step + 1 < last:
                     pending = pool.submit(self.prepare, step + 1)
-                if self.stream is not None:
-                    for tensor in batch.values():
-                        tensor.record_stream(torch.cuda.current_stream(self.device))
+                for tensor in batch.values() if self.stream else ():
+                    tensor.record_stream(torch.cuda.current_stream(self.device))
                 yield step, batch
 
 
 def read_pictures(data):
-    """Training pictures (n, 256, 256, 3) uint8 in RAM; several processes of a machine share one mapped copy."""
-    if distributed.world_size() == 1:
-        return data.read_training_images()
+    """Training pictures (n, 256, 256, 3) uint8, read into RAM; all processes of a machine share one copy."""
     images = np.load(data.images.filename, mmap_mode="c")[: data.n_training_images]
     for start in range(0, len(images), 1024):
         images[start : start + 1024, ::16].sum()  # reads every page in before the first step
-    torch.distributed.barrier()
     return images
 
 
 def learning_rate(step, s):
     """Linear warm-up from the minimum, then cosine decay to it (report, Table 2)."""
-    if step < s.WARMUP_STEPS:
-        part = step / s.WARMUP_STEPS
-    else:
-        part = 0.5 * (1 + math.cos(math.pi * (step - s.WARMUP_STEPS) / max(1, s.STEPS - s.WARMUP_STEPS)))
+    decay = 0.5 * (1 + math.cos(math.pi * (step - s.WARMUP_STEPS) / max(1, s.STEPS - s.WARMUP_STEPS)))
+    part = step / s.WARMUP_STEPS if step < s.WARMUP_STEPS else decay
     return s.MIN_LEARNING_RATE + (s.LEARNING_RATE - s.MIN_LEARNING_RATE) * part
 
 
@@ -197,48 +182,39 @@ class Learner:
     def is_finite(self):
         return math.isfinite(self.loss) if not self.n_skipped else self.n_skipped < MOST_SKIPPED
 
-    def weights(self):
-        """{name: tensor} that training changes: trained parameters and batch norm's statistics."""
-        buffers = {f"head.{name}": value for name, value in self.encoder.head.named_buffers()}
-        return {name: value.detach().cpu() for name, value in (self.trainable | buffers).items()}
-
     def state(self):
         """Everything that a continuation needs."""
+        changing = self.trainable | {f"head.{name}": value for name, value in self.encoder.head.named_buffers()}
         state = {name: getattr(self, name) for name in STATE} | {"loss_sum": float(self.loss_sum)}
-        state |= {"made_with": self.made_with, "source": self.source, "weights": self.weights()}
+        state["weights"] = {name: value.detach().cpu() for name, value in changing.items()}
         return state | {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-
-    def start_files(self, fresh, overwrite):
-        """Cut the log to what was restored; for a fresh run, remove the checkpoint, log and curves of an earlier one."""
-        if fresh and self.output.exists() and not overwrite and read_checkpoint(self.output)["step"]:
-            raise UserError(f"{self.output} exists without the state of its run; --overwrite true starts again.")
-        for path in (self.output, self.log_path.with_suffix(".png")) if fresh else ():
-            path.unlink(missing_ok=True)
-        with atomic_write(self.log_path) as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in self.log).encode())
 
     def restore(self, state):
         before, now = state["made_with"], self.made_with
-        differing = [
-            f"{k}: {before.get(k)} before, {now.get(k)} now" for k in now | before if before.get(k) != now.get(k)
-        ]
-        if differing:
+        names = [name for name in now | before if before.get(name) != now.get(name)]
+        if names:
+            differing = "; ".join(f"{name}: {before.get(name)} before, {now.get(name)} now" for name in names)
             raise UserError(
-                f"{self.output.parent} holds a run with other settings ({'; '.join(differing)}): use another RUN_DIR, "
-                "or --overwrite true to start again."
+                f"{self.output.parent} holds a run with other settings ({differing}): use another RUN_DIR, or "
+                "--overwrite true to start again."
             )
-        changed = set(self.weights()) ^ set(state["weights"])
+        changed = sorted(set(self.state()["weights"]) ^ set(state["weights"]))
         if changed:
-            raise UserError(
-                f"the head in model.py has changed since this run began ({', '.join(sorted(changed)[:4])})."
-            )
+            raise UserError(f"the head in model.py has changed since this run began ({', '.join(changed)}).")
         if state["source"] != self.source:
             print("note: model.py has changed since this run began")
-        for name in STATE:
+        for name in STATE[2:]:
             setattr(self, name, state[name])
         self.encoder.load_state_dict(state["weights"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+    def clear_files(self, overwrite):
+        """Remove the checkpoint, log and curves of an earlier run that cannot be continued."""
+        if self.output.exists() and not overwrite and read_checkpoint(self.output)["step"]:
+            raise UserError(f"{self.output} exists without the state of its run; --overwrite true starts again.")
+        for path in (self.output, self.log_path, self.log_path.with_suffix(".png")):
+            path.unlink(missing_ok=True)
 
 
 def train_step(learners, crops, batch, micro_batch=0):
@@ -270,33 +246,30 @@ def validate(encoders, data, images, split, batch_size, precision):
     """Score encoders that share a trunk -> per encoder {val_loss, val_r2, val_r2_subj01, …}.
 
     Mean squared error over the common space as in training, median R² over subjects and their existing vertices.
-    Processes share the pictures, then the subjects.
+    Processes share the pictures.
     """
     rows = [data.samples(split, s) for s in range(len(data.space.subjects))]
     pictures = np.unique(data.image[np.concatenate(rows)])
-    rank, world = distributed.rank(), distributed.world_size()
-    local = np.array_split(pictures, world)[rank]
+    device = encoders[0].head.embed_bias.device
+    local = np.array_split(pictures, distributed.world_size())[distributed.rank()]
     latents = [torch.zeros(0, e.head.shared.shape[1]) for e in encoders]
     if len(local):
-        latents = [h.cpu() for h in feature_latents(encoders, images[local], batch_size, precision)]
-    latents = [torch.cat(parts) for parts in zip(*distributed.gather_objects(latents))]
-    scored = {}
-    for s in range(rank, len(rows), world):
-        device = encoders[0].head.embed_bias.device
+        functions = [encoder.eval().latents for encoder in encoders]
+        latents = trunk_outputs(encoders[0].trunk, images[local], functions, batch_size, precision)
+    latents = [torch.cat(parts).to(device) for parts in zip(*distributed.gather_objects([h.cpu() for h in latents]))]
+    losses, r2 = ([[] for _ in encoders] for _ in range(2))
+    for s in range(len(rows)):
         activity = torch.from_numpy(data.read_activity(rows[s])).to(device)
         where = np.searchsorted(pictures, data.image[rows[s]])
         for i, (encoder, h) in enumerate(zip(encoders, latents)):
-            prediction = encoder.predict(h[where].to(device), s)
-            loss = sum(F.mse_loss(p, a.float(), reduction="sum") for p, a in zip(prediction, activity))
-            finite = bool(torch.isfinite(prediction).all())  # else this head fails, not the others with it
-            r2 = r2_score(activity, prediction)[data.space.mask[s]].numpy() if finite else None
-            scored[s, i] = float(loss) if finite else math.nan, r2
-    scored = {key: value for part in distributed.gather_objects(scored) for key, value in part.items()}
+            prediction = encoder.predict(h[where], s)
+            losses[i].append(float((prediction - activity).square().sum(dtype=torch.float64)))
+            finite = math.isfinite(losses[i][-1])  # else this head fails, not the others with it
+            r2[i].append(r2_score(activity, prediction)[data.space.mask[s]] if finite else None)
     results = []
-    for i in range(len(encoders)):
-        losses, r2 = zip(*(scored[s, i] for s in range(len(rows))))
-        loss = sum(losses) / (sum(map(len, rows)) * data.space.n_vertices)
-        results.append({"val_loss": loss} | median_r2(r2, data.space.subjects, "val_r2"))
+    for loss, r2_of_subjects in zip(losses, r2):
+        scores = {"val_loss": sum(loss) / (sum(map(len, rows)) * data.space.n_vertices)}
+        results.append(scores | median_r2(r2_of_subjects, data.space.subjects, "val_r2"))
     return results
 
 
@@ -314,13 +287,17 @@ class Run:
 
     def run(self):
         """Train to the end, from the last validation of an earlier run with the same settings."""
-        with lock(self.settings.RUN_DIR) if distributed.is_first() else contextlib.nullcontext():
+        with lock(self.settings.RUN_DIR) if distributed.rank() == 0 else contextlib.nullcontext():
             self.resume()
             if any(learner.active() for learner in self.learners):
                 self.train()
             else:
                 print(f"{self.settings.RUN_DIR} is finished; --overwrite true trains again")
-            self.conclude()
+            for learner in self.learners if distributed.rank() == 0 else ():
+                if learner.saved:
+                    mark_finished(learner.output)
+                    save_curves(learner.log, learner.log_path.with_suffix(".png"))
+                    print(f"{learner.output}: validation median R² {learner.best:.4f}")
 
     def train(self):
         s, first, last = self.settings, self.learners[0].step, max(l.settings.STEPS for l in self.learners)
@@ -331,11 +308,9 @@ class Run:
         batches = Batches(self.data, self.pca, images, s, device)
         crops = Crops(trunk, smallest_crop(s.CROP_SCALE), device)
         every = s.VALIDATE_EVERY or math.ceil(len(batches.rows) / s.BATCH_SIZE)
-        n_trainable, n_head = (
-            sum(p.numel() for p in ps) for ps in (self.learners[0].trainable.values(), head.parameters())
-        )
-        print(f"{n_trainable:,} trainable parameters, {n_head:,} in the head; {self.precision} on {device}")
-        print(f"{len(batches.rows)} training samples, {last} steps of {s.BATCH_SIZE}")
+        n_trainable = sum(p.numel() for p in self.learners[0].trainable.values())
+        print(f"{n_trainable:,} trainable parameters, {self.precision} on {device}")
+        print(f"{len(batches.rows)} training samples, steps {first} to {last} of {s.BATCH_SIZE}")
         self.clock, self.clock_step = time.perf_counter(), first
         if not self.learners[0].log:
             self.validate(self.learners, images)
@@ -347,9 +322,10 @@ class Run:
                 train_step(active, crops, batch, s.MICRO_BATCH)
                 bar.update()
                 due = [l for l in active if (step + 1) % every == 0 or l.step == l.settings.STEPS]
-                if step % 10 == 9 or due:  # reading the loss waits for the GPU
-                    self.check_losses(active)
-                    bar.set_postfix_str(f"loss {float(active[0].loss):.5f}")
+                for learner in active if step % 10 == 9 or due else ():  # reading the loss waits for the GPU
+                    bar.set_postfix_str(f"loss {float(learner.loss):.5f}", refresh=False)
+                    if not learner.is_finite():
+                        self.fail(learner)
                 if due:
                     self.validate(due, images)
 
@@ -372,23 +348,17 @@ class Run:
             learner.loss_sum, learner.n_losses = 0.0, 0
             if not scores["val_r2"] <= learner.best:
                 learner.best, learner.saved = scores["val_r2"], True
-                self.save_best(learner, scores)
-            on_log(learner, learner.log[-1])
-        if distributed.is_first():
+                if distributed.rank() == 0:
+                    save_checkpoint(
+                        learner.output, learner.encoder, space=self.data.space, scores=scores, step=learner.step,
+                        made_with=learner.made_with | {"source": learner.source}, finished=False,
+                        train_nsd_ids=self.data.nsd_ids[self.data.image[self.data.samples("train")]],
+                    )  # fmt: skip
+            if distributed.rank() == 0:
+                on_log(learner, learner.log[-1])
+        if distributed.rank() == 0:
             save_torch(self.state_path, {"learners": [learner.state() for learner in self.learners]}, FORMAT)
         self.clock, self.clock_step = time.perf_counter(), max(learner.step for learner in self.learners)
-
-    def save_best(self, learner, scores):
-        if distributed.is_first():
-            nsd_ids = self.data.nsd_ids[self.data.image[self.data.samples("train")]]
-            record = {"scores": scores, "step": learner.step, "finished": False, "train_nsd_ids": nsd_ids}
-            record["made_with"] = learner.made_with | {"source": learner.source}
-            save_checkpoint(learner.output, learner.encoder, space=self.data.space, **record)
-
-    def check_losses(self, active):
-        for learner in active:
-            if not learner.is_finite():
-                self.fail(learner)
 
     def fail(self, learner):
         learner.failed = f"the loss is not finite after step {learner.step}: lower LEARNING_RATE."
@@ -405,35 +375,23 @@ class Run:
                 raise UserError(f"{self.state_path} holds {len(states)} heads, not {len(self.learners)}.")
             for learner, state in zip(self.learners, states):
                 learner.restore(state)
-            print(f"continuing after step {max(learner.step for learner in self.learners)}")
+                if distributed.rank() == 0:  # without entries later than the state
+                    learner.log_path.write_text("".join(json.dumps(entry) + "\n" for entry in learner.log))
         steps = [learner.step for learner in self.learners]
         if any(other != steps for other in distributed.gather_objects(steps)):
-            raise UserError(
-                f"the processes restored different steps from {self.state_path}; all must see the same file."
-            )
-        if distributed.is_first():
+            raise UserError(f"the processes restored different steps: all must see the same {self.state_path}.")
+        if distributed.rank() == 0 and fresh:
             for learner in self.learners:
-                learner.start_files(fresh, self.settings.OVERWRITE)
-            if fresh:
-                self.state_path.unlink(missing_ok=True)
-
-    def conclude(self):
-        for learner in self.learners:
-            if learner.saved and distributed.is_first():
-                mark_finished(learner.output)
-                if not self.tolerant:
-                    save_curves(learner.log, learner.log_path.with_suffix(".png"))
-                    print(f"wrote {learner.output}: validation median R² {learner.best:.4f}")
+                learner.clear_files(self.settings.OVERWRITE)
+            self.state_path.unlink(missing_ok=True)
 
 
 def on_log(learner, entry):
     """Called with every entry of the log: the place to hand them to TensorBoard, W&B or another tracker."""
-    if distributed.is_first():
-        with open(learner.log_path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-        print(
-            f"{learner.output.name} step {entry['step']}: val loss {entry['val_loss']:.5f}, median R² {entry['val_r2']:.4f}"
-        )
+    with open(learner.log_path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+    scores = f"validation loss {entry['val_loss']:.5f}, median R² {entry['val_r2']:.4f}"
+    print(f"{learner.output.name} step {entry['step']}: {scores}")
 
 
 def log_path(output):
@@ -449,13 +407,10 @@ def read_log(path):
 
 def save_curves(log, path):
     """Report, Figure 3: training and validation loss, validation median R²."""
-    matplotlib.use("Agg")
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axis, key, label in ((left, "train_loss", "train"), (left, "val_loss", "validation"), (right, "val_r2", None)):
-        axis.plot(
-            [e["step"] for e in log if e[key] is not None], [e[key] for e in log if e[key] is not None], label=label
-        )
+        axis.plot([entry["step"] for entry in log], [entry[key] for entry in log], label=label)
     left.legend()
     left.set(xlabel="step", ylabel="mean squared error")
     right.set(xlabel="step", ylabel="validation median R²")
@@ -468,7 +423,7 @@ def check_settings(settings):
     s, world = SimpleNamespace(**settings), distributed.world_size()
     if s.BATCH_SIZE < 2 or s.MICRO_BATCH == 1 or s.BATCH_SIZE % (world * (s.MICRO_BATCH or 1)):
         raise UserError(
-            f"BATCH_SIZE {s.BATCH_SIZE} is not divisible by MICRO_BATCH {s.MICRO_BATCH} x {world} processes."
+            f"BATCH_SIZE {s.BATCH_SIZE} is not divisible by MICRO_BATCH {s.MICRO_BATCH} x {world} processes"
         )
     if not 0 <= s.WARMUP_STEPS < s.STEPS or not 0 <= s.FEATURE_DROPOUT < 1 or not 0 < s.CROP_SCALE <= 1:
         raise UserError("WARMUP_STEPS must be below STEPS, FEATURE_DROPOUT in [0, 1), CROP_SCALE in (0, 1].")

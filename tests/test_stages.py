@@ -95,7 +95,7 @@ def test_prepared_data_are_the_files(data_dir, subjects, challenge):
     assert data.space.mask[5].sum() < data.space.mask[7].sum() < data.space.n_vertices  # subj06, subj08
     assert all(len(facts) == 1 for facts in facts_of_id.values())  # one split and one row, whoever saw it
     assert data.nsd_ids[: data.n_training_images].tolist() == sorted(facts_of_id)
-    assert np.array_equal(data.read_training_images(), data.images[: data.n_training_images])
+    assert np.array_equal(training.read_pictures(data), data.images[: data.n_training_images])
     for group, roi in data.space.rois.items():
         for s, (name, files) in enumerate(subjects.items()):
             expected = np.zeros(data.space.n_vertices)

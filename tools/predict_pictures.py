@@ -1,0 +1,187 @@
+"""Predict activity for your own pictures. python -m tools.predict_pictures --images photo.jpg --subject subj01,group
+
+OUTPUT_DIR gets
+
+    pictures.csv                  the rows of the arrays: name, file, width and height in px
+    subj01/activity_{lh,rh}.npy   (n_pictures, n_vertices of that hemisphere) float32, z-scores, the challenge's order
+    subj01/fsaverage_{lh,rh}.npy  (n_vertices,) which vertices of fsaverage these are
+    rois.csv                      means over every ROI: both hemispheres, left, right
+    subj01/000_photo.png, 000_photo_{lh,rh}.func.gii   for up to MAPS pictures: flat map; activity on fsaverage
+"""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from nibabel import gifti
+
+from core.files import output_folder
+from core.settings import progress, run
+from core.space import HEMIS, N_FSAVERAGE
+from model import UserError
+from predict import choose_checkpoints, load_encoder
+from tools.flatmap import FlatMap, describe_maps, fit_limits, save_figure
+from tools.pictures import find_pictures, plural, read_batches, report, shown
+
+IMAGES: str = ""  # files, folders and globs, separated by commas
+RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
+CHECKPOINT: str = ""  # files separated by commas, averaged; empty: finetuned.pt in RUN_DIR, else head.pt
+SUBJECT: str = "all"  # names separated by commas, group (subject-agnostic), or all
+OUTPUT_DIR: str = "predictions"  # output
+MAPS: int = 20  # draw maps and write GIFTI files for up to so many pictures; 0: never
+OUTLINES: str = "streams"  # ROI group outlined on maps; empty: none
+FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
+BATCH_SIZE: int = 64  # pictures at a time
+PRECISION: str = "auto"  # auto, bfloat16, float16 or float32
+DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
+OVERWRITE: bool = False  # replace predictions that exist
+
+
+def choose_subjects(names, predictor):
+    """SUBJECT -> {name: index, None for the group}."""
+    names = [*predictor.subjects, "group"] if names == "all" else [name.strip() for name in names.split(",")]
+    return {name: predictor.index(name) for name in names}
+
+
+def predict_batches(predictor, paths, failures):
+    """Yields [Picture] and their latents, batch by batch. Meanwhile threads decode files and run the trunk on the next
+    batch. failures: gets what is wrong with files that cannot be read."""
+    with ThreadPoolExecutor(1) as thread, progress(total=len(paths), desc="predicting", unit="picture") as bar:
+        batches = read_batches(paths, predictor.batch_size, failures)
+
+        def next_batch():
+            pictures = next(batches, None)
+            return pictures and (pictures, predictor.latents(np.stack([p.image for p in pictures]), bar.update))
+
+        coming = thread.submit(next_batch)
+        while batch := coming.result():
+            coming = thread.submit(next_batch)
+            yield batch
+    if len(failures) == len(paths):
+        raise UserError("none of the pictures could be read:\n" + "\n".join(failures[:20]))
+
+
+def region_weights(space, subject):
+    """ROIs of a subject (an index; None: the group) -> table (roi_group, roi, hemisphere, n_vertices), and weights (n,
+    n_vertices) of the mean over each."""
+    left, rows, weights = np.arange(space.n_vertices) < space.n_lh, [], []
+    for names, region in space.regions(subject).items():
+        for hemi, side in (("both", True), ("lh", left), ("rh", ~left)):
+            if (region & side).any():
+                rows.append((*names, hemi, (region & side).sum()))
+                weights.append((region & side) / rows[-1][-1])
+    table = pd.DataFrame(rows, columns=["roi_group", "roi", "hemisphere", "n_vertices"])
+    return table, np.stack(weights).astype(np.float32)
+
+
+def save_vertices(folder, space, subject):
+    """Which vertices of fsaverage (or pixels of NSD-Flat's maps) the columns of a subject's arrays are."""
+    for hemi in HEMIS:
+        name = "fsaverage" if space.unit == "vertices" else "pixels"
+        np.save(folder / f"{name}_{hemi}.npy", space.vertices.numpy()[space.columns(subject, hemi)])
+
+
+def save_gifti(stem, space, maps):
+    """stem_{lh,rh}.func.gii with maps {name: (n_vertices,)} on fsaverage, NaN where the model has no vertex."""
+    for hemi in HEMIS if space.unit == "vertices" else ():
+        image, columns = gifti.GiftiImage(), space.columns(None, hemi)
+        for name, values in maps.items():
+            full = np.full(N_FSAVERAGE, np.nan, np.float32)
+            full[space.vertices.numpy()[columns]] = values[columns]
+            image.add_gifti_data_array(gifti.GiftiDataArray(full, "NIFTI_INTENT_NONE", meta={"Name": name}))
+        image.meta["AnatomicalStructurePrimary"] = {"lh": "CortexLeft", "rh": "CortexRight"}[hemi]
+        image.to_filename(f"{stem}_{hemi}.func.gii")
+
+
+def save_map(path, flat, values, limits, label, outlines, title, image=None):
+    """A flat map of values (n_vertices,), NaN where missing, and the picture beside it if there is one."""
+    widths = [3.0] * (image is not None) + [3 * flat.size[0] / flat.size[1]]  # inches
+    figure = plt.figure(figsize=(sum(widths) + 1.2, 3.7), layout="constrained")
+    axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    if image is not None:
+        axes[0].imshow(image)
+        axes[0].set_axis_off()
+    mesh = flat.draw(axes[-1], values, limits, "RdBu_r", outlines, named=True)
+    describe_maps(figure, [mesh], [axes[-1]], label, outlines)
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    save_figure(figure, path)
+
+
+class Output:
+    """Files of one subject (an index; None: the group), to which rows are appended."""
+
+    def __init__(self, folder, space, name, subject, flat):
+        self.folder, self.space, self.name, self.subject, self.flat = folder / name, space, name, subject, flat
+        self.table, self.weights = region_weights(space, subject)
+        self.n_rows, self.columns = 0, {hemi: space.columns(subject, hemi) for hemi in HEMIS}
+        self.folder.mkdir()
+        save_vertices(self.folder, space, subject)
+        self.files = {hemi: open(self.folder / f"activity_{hemi}.npy", "wb") for hemi in HEMIS}
+        self.write_headers()
+
+    def write_headers(self):
+        """The number of rows is known at the end; numpy leaves room for it to grow."""
+        for hemi, file in self.files.items():
+            file.seek(0)
+            shape = (self.n_rows, len(self.columns[hemi]))
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+
+    def write(self, names, images, activity):
+        """activity (n, n_vertices) of pictures; the maps of one call share a colour scale."""
+        for hemi, file in self.files.items():
+            file.write(np.ascontiguousarray(activity[:, self.columns[hemi]], "<f4"))
+        self.n_rows += len(names)
+        means = activity @ self.weights.T
+        tables = {(name, self.name): self.table.assign(mean=mean) for name, mean in zip(names, means)}
+        path = self.folder.parent / "rois.csv"
+        table = pd.concat(tables, names=["picture", "subject"]).droplevel(2)
+        table.to_csv(path, mode="a", header=not path.exists(), float_format="%.7g")
+        if self.flat:
+            activity = np.where(self.space.present(self.subject), activity, np.float32(np.nan))
+            limits, outlines = fit_limits([activity]), self.flat.outlines(OUTLINES, self.subject)
+            for name, image, values in zip(names, images, activity):
+                save_gifti(self.folder / name, self.space, {"predicted activity (z)": values})
+                title = f"{name}, {self.name}"
+                path = self.folder / f"{name}.png"
+                save_map(path, self.flat, values, limits, "predicted activity (z)", outlines, title, image)
+
+    def close(self):
+        self.write_headers()
+        for file in self.files.values():
+            file.close()
+
+
+def list_pictures(pictures, first=0):
+    """Rows of pictures.csv. Names serve as file names, whatever the pictures' own are."""
+    return [
+        {"picture": f"{row:03d}_{re.sub(r'[^A-Za-z0-9-]+', '_', p.path.stem)[:60]}", "file": shown(p.path)}
+        | {"width": p.width, "height": p.height, "warning": p.warning}
+        for row, p in enumerate(pictures, first)
+    ]  # fmt: skip
+
+
+def main():
+    paths, rows, failures = find_pictures(IMAGES, OUTPUT_DIR), [], []
+    predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
+    subjects = choose_subjects(SUBJECT, predictor)
+    flat = FlatMap(predictor.space, FSAVERAGE_DIR) if len(paths) <= MAPS else None
+    with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
+        outputs = [Output(folder, predictor.space, name, s, flat) for name, s in subjects.items()]
+        for pictures, latents in predict_batches(predictor, paths, failures):
+            listed = list_pictures(pictures, len(rows))
+            rows += listed
+            for output in outputs:
+                activity = predictor.decode(latents, output.subject).numpy()
+                output.write([row["picture"] for row in listed], [p.image for p in pictures], activity)
+        for output in outputs:
+            output.close()
+        table = pd.DataFrame(rows)
+        table.drop(columns="warning").to_csv(folder / "pictures.csv", index_label="row")
+    print(f"wrote {OUTPUT_DIR}: {plural(len(table), 'picture')} for {', '.join(subjects)}")
+    report(table, failures)
+
+
+if __name__ == "__main__":
+    run(main, globals())
