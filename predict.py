@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 import prepare_data
 from core.checkpoint import load_checkpoint
@@ -15,7 +16,7 @@ from core.files import output_folder
 from core.scores import check_finite
 from core.settings import choose_device, choose_precision, progress, run
 from core.space import HEMIS, N_FSAVERAGE
-from model import UserError, trunk_outputs
+from model import PICTURE_SIZE, UserError, trunk_outputs
 
 DATA_DIR: str = "data"  # prepared data
 RUN_DIR: str = "runs/base"  # input
@@ -91,9 +92,13 @@ class Predictor:
         return torch.cat(parts)
 
     def predict(self, images, subject=None):
-        """Activity of pictures, (n, 256, 256, 3) uint8 or a list of files, for a subject's name; None: the group."""
+        """Activity of pictures, (n, 256, 256, 3) uint8 or a list of files, for a subject's name; None: the group.
+
+        The centre square of a file's picture is what the model sees.
+        """
         if not hasattr(images, "shape"):
-            images = np.stack([prepare_data.decode_picture(path) for path in images])
+            pictures = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in images]
+            images = np.stack([ImageOps.fit(picture, (PICTURE_SIZE, PICTURE_SIZE)) for picture in pictures])
         index = self.index(subject)
         return Activity(self.decode(self.latents(images), index), self.space, index)
 

@@ -1,15 +1,29 @@
-"""model.py against independent references: timm's own hooks, torchvision, plain loops in float64.
-
-No data, network or GPU needed: pytest test_model.py
+"""The model and the formulas around it against independent references: timm's hooks, torchvision, scikit-learn, plain
+loops in float64; and one run of all five stages. No data, network or GPU needed: pytest test_model.py
 """
+
+import io
+import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import timm
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+import finetune
+import fit_pca
+import predict
+import prepare_data
+import train_head
+from core.checkpoint import load_checkpoint, save_checkpoint
+from core.scores import median_r2, r2_score
+from core.space import N_FSAVERAGE, Space
+from core.training import learning_rate, loss_of
 from model import (
     Crops,
     Encoder,
@@ -199,3 +213,160 @@ def test_unusable_trunks_are_refused(arguments, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=message):
         Trunk(*arguments)
+
+
+# ---- the formulas around the model ---------------------------------------------------------------
+
+
+def test_loss_in_pca_space_has_the_value_and_gradients_of_the_loss_over_vertices(trunk):
+    rng = torch.Generator().manual_seed(0)
+    head = make_head(trunk).double()
+    basis = torch.linalg.qr(torch.randn(20, 9, generator=rng, dtype=torch.float64))[0]  # a head of 7 of 9 components
+    mean, activity = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in ((20,), (5, 20)))
+    head.embed_weight.data, head.embed_bias.data = basis[:, :7], mean
+    targets = (activity - mean) @ basis
+    batch = {"latents": targets, "residual": (activity - mean).square().sum(1) - targets.square().sum(1)}
+    z = torch.randn(5, 7, generator=rng, dtype=torch.float64, requires_grad=True)
+    ours = loss_of(head, z, batch)
+    expected = (head.decode(z) - activity).square().mean()
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in (ours, expected)))
+
+
+def test_learning_rate_is_torchs_linear_then_cosine_schedule():
+    s = SimpleNamespace(STEPS=50, WARMUP_STEPS=10, LEARNING_RATE=0.01, MIN_LEARNING_RATE=0.001)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=s.LEARNING_RATE)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1, total_iters=10)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40, eta_min=0.001)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [10])
+    for step in range(51):
+        assert learning_rate(step, s) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+def test_splits_do_not_leak():
+    """A picture has one split for everybody; every subject gets 85/10/5 %; shared pictures can be the test."""
+    rng = np.random.default_rng(0)
+    seen = np.eye(8, dtype=bool)[rng.integers(8, size=4000)]
+    seen[rng.random(4000) < 0.1] = True
+    split = prepare_data.split_pictures(seen, seed=1)
+    assert split.shape == (4000,) and set(split) == {0, 1, 2}
+    for s in range(8):
+        shares = np.bincount(split[seen[:, s]]) / seen[:, s].sum()
+        np.testing.assert_allclose(shares, [0.85, 0.10, 0.05], atol=0.01)
+    assert (split != prepare_data.split_pictures(seen, seed=2)).any()
+    shared = prepare_data.split_shared(seen, seed=1)
+    assert np.array_equal(shared == 2, seen.all(1))
+    assert (shared == 1).sum() == round(0.1 * (~seen.all(1)).sum())
+
+
+def test_pca_is_the_exact_one():
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((200, 60)) * np.geomspace(3, 0.1, 60) @ np.linalg.qr(rng.standard_normal((60, 60)))[0]
+    y -= y.mean(0)
+    components = fit_pca.fit(torch.from_numpy(y).float(), 8, passes=6, seed=0).double().numpy()
+    exact = np.linalg.svd(y)[2][:8].T
+    np.testing.assert_allclose(np.abs(components.T @ exact), np.eye(8), atol=1e-3)
+
+
+def test_r2_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    activity = rng.standard_normal((30, 40)).astype(np.float32)
+    activity[:, 3] = 1.0  # constant vertices: one predicted exactly, one not
+    activity[:, 4] = 2.0
+    prediction = activity + rng.standard_normal((30, 40)).astype(np.float32)
+    prediction[:, 3] = 1.0
+    ours = r2_score(torch.from_numpy(activity), torch.from_numpy(prediction)).numpy()
+    expected = sklearn.metrics.r2_score(activity, prediction, multioutput="raw_values")
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    medians = median_r2([ours[:10], ours[10:]], ["a", "b"])
+    np.testing.assert_allclose([*medians.values()], [np.median(x) for x in (ours, ours[:10], ours[10:])])
+    prediction[0, 7] = np.nan
+    with pytest.raises(UserError, match="finite"):
+        r2_score(torch.from_numpy(activity), torch.from_numpy(prediction))
+
+
+# ---- checkpoints and stages ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def space():
+    return Space(["a", "b", "c"], torch.arange(20), 12, torch.ones(3, 20, dtype=torch.bool), {})
+
+
+def test_checkpoint_round_trip(trunk, space, tmp_path):
+    """Predictions survive, also of a fine-tuned trunk that is loaded and saved again; a flipped bit is noticed."""
+    tuned = Trunk("eva02_tiny_patch14_224.mim_in22k", "0,2", 56, pretrained=False)
+    for name in tuned.attention_parameters():
+        tuned.get_parameter(name).data += 0.1
+        tuned.get_parameter(name).requires_grad_(True)
+    encoder = Encoder(tuned, make_head(trunk)).eval()
+    images, subject = torch.randn(2, 3, 56, 56), torch.tensor([1, 2])
+    record = dict(made_with={"STEPS": 3}, scores={"val_r2": 0.1}, step=3, finished=True, train_nsd_ids=[5, 5, 7])
+    paths = [tmp_path / "first.pt", tmp_path / "second.pt"]
+    save_checkpoint(paths[0], encoder, space=space, **record)
+    for path in paths:
+        loaded, loaded_space, info = load_checkpoint(path)
+        with torch.no_grad():
+            assert torch.equal(loaded(images, subject), encoder(images, subject))
+        save_checkpoint(paths[1], loaded, space=loaded_space, **record)
+    assert info["made_with"] == {"STEPS": 3} and info["train_nsd_ids"].tolist() == [5, 7]
+    assert loaded_space.subjects == space.subjects and torch.equal(loaded_space.mask, space.mask)
+    content = bytearray(paths[0].read_bytes())
+    content[len(content) // 2] ^= 16
+    paths[0].write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(paths[0])
+
+
+def write_challenge_folder(root, n_pictures=40, n_test=3):
+    """Two subjects with 12 and 11 vertices a hemisphere who see noise and answer with noise."""
+    rng = np.random.default_rng(0)
+    for number, missing in ((1, 0), (2, 1)):
+        folder = root / f"subj{number:02d}"
+        for split, n in (("training", n_pictures), ("test", n_test)):
+            (folder / f"{split}_split/{split}_images").mkdir(parents=True)
+            for i in range(n):
+                name = f"{split.removesuffix('ing')}-{i + 1:04d}_nsd-{1000 * number + i:05d}.png"
+                noise = rng.integers(0, 256, (8, 8, 3), np.uint8)
+                Image.fromarray(noise).save(folder / f"{split}_split/{split}_images" / name)
+        (folder / "roi_masks").mkdir()
+        (folder / "training_split/training_fmri").mkdir()
+        for hemi in ("lh", "rh"):
+            mask = np.zeros(N_FSAVERAGE)
+            mask[100 : 112 - missing] = 1
+            np.save(folder / f"roi_masks/{hemi}.all-vertices_fsaverage_space.npy", mask)
+            activity = rng.standard_normal((n_pictures, 12 - missing)).astype(np.float32)
+            np.save(folder / f"training_split/training_fmri/{hemi}_training_fmri.npy", activity)
+
+
+def test_all_five_stages(tmp_path, monkeypatch):
+    """From a challenge folder to submission.zip, whose numbers are those of load_encoder."""
+    write_challenge_folder(tmp_path / "challenge")
+    monkeypatch.chdir(tmp_path)
+    small = dict(BATCH_SIZE=16, STEPS=4, WARMUP_STEPS=1, DEVICE="cpu", PRECISION="float32")
+    head = dict(TRUNK="eva02_tiny_patch14_224.mim_in22k", PRETRAINED=False, LAYERS="0,1", IMAGE_SIZE=56, LATENT_DIM=8)
+    stages = (
+        (prepare_data, {}),
+        (fit_pca, dict(PCA_DIM=6)),
+        (train_head, head | small),
+        (finetune, small),
+        (predict, {}),
+    )
+    for stage, constants in stages:
+        for name, value in constants.items():
+            monkeypatch.setattr(stage, name, value)
+        stage.main()
+    encoder = predict.load_encoder("runs/base/finetuned.pt", device="cpu", precision=predict.PRECISION)
+    assert encoder.subjects == ["subj01", "subj02"] and encoder.space.n_vertices == 24
+    with zipfile.ZipFile("runs/base/submission/submission.zip") as archive:
+        assert len(archive.namelist()) == 4
+        for name, n_vertices in (("subj01", 12), ("subj02", 11)):
+            paths = sorted((tmp_path / f"challenge/{name}/test_split/test_images").iterdir())
+            images = np.stack([prepare_data.decode_picture(path) for path in paths])
+            activity = encoder.predict(images, name)
+            for hemi, expected in (("lh", activity.lh), ("rh", activity.rh)):
+                submitted = np.load(io.BytesIO(archive.read(f"{name}/{hemi}_pred_test.npy")))
+                assert submitted.dtype == np.float32 and submitted.shape == (3, n_vertices)
+                np.testing.assert_allclose(submitted, expected, atol=1e-5)

@@ -257,19 +257,18 @@ def validate(encoders, data, images, split, batch_size, precision):
         functions = [encoder.eval().latents for encoder in encoders]
         latents = trunk_outputs(encoders[0].trunk, images[local], functions, batch_size, precision)
     latents = [torch.cat(parts).to(device) for parts in zip(*distributed.gather_objects([h.cpu() for h in latents]))]
-    losses, r2 = ([[] for _ in encoders] for _ in range(2))
-    for s in range(len(rows)):
-        activity = torch.from_numpy(data.read_activity(rows[s])).to(device)
-        where = np.searchsorted(pictures, data.image[rows[s]])
-        for i, (encoder, h) in enumerate(zip(encoders, latents)):
-            prediction = encoder.predict(h[where], s)
-            losses[i].append(float((prediction - activity).square().sum(dtype=torch.float64)))
-            finite = math.isfinite(losses[i][-1])  # else this head fails, not the others with it
-            r2[i].append(r2_score(activity, prediction)[data.space.mask[s]] if finite else None)
+    where = [np.searchsorted(pictures, data.image[r]) for r in rows]
     results = []
-    for loss, r2_of_subjects in zip(losses, r2):
-        scores = {"val_loss": sum(loss) / (sum(map(len, rows)) * data.space.n_vertices)}
-        results.append(scores | median_r2(r2_of_subjects, data.space.subjects, "val_r2"))
+    for encoder, h in zip(encoders, latents):
+        loss, r2 = 0.0, []
+        for s in range(len(rows)):
+            activity = torch.from_numpy(data.read_activity(rows[s])).to(device)
+            prediction = encoder.predict(h[where[s]], s)
+            loss += float((prediction - activity).square().sum(dtype=torch.float64))
+            finite = math.isfinite(loss)  # else this head fails, not the others with it
+            r2.append(r2_score(activity, prediction)[data.space.mask[s]] if finite else None)
+        loss /= sum(map(len, rows)) * data.space.n_vertices
+        results.append({"val_loss": loss} | median_r2(r2, data.space.subjects, "val_r2"))
     return results
 
 
@@ -310,7 +309,8 @@ class Run:
         every = s.VALIDATE_EVERY or math.ceil(len(batches.rows) / s.BATCH_SIZE)
         n_trainable = sum(p.numel() for p in self.learners[0].trainable.values())
         print(f"{n_trainable:,} trainable parameters, {self.precision} on {device}")
-        print(f"{len(batches.rows)} training samples, steps {first} to {last} of {s.BATCH_SIZE}")
+        print(f"{len(batches.rows)} training samples, {last} steps of {s.BATCH_SIZE}")
+        print(f"continuing after step {first}" if first else "starting")
         self.clock, self.clock_step = time.perf_counter(), first
         if not self.learners[0].log:
             self.validate(self.learners, images)

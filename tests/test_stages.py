@@ -279,10 +279,11 @@ def test_float16_survives_large_features_and_skipped_steps():
 
 
 def test_killed_runs_continue_exactly(data_dir, tmp_path):
-    """kill -9 while the state is written, in a step, and at the very end: weights, log and state are the uninterrupted
+    """kill -9 before the first state, while one is written, in a step, and at the very end: weights, log and state are the uninterrupted
     run's, bit for bit. Other settings are refused, a finished run stays as it is."""
     stages = ((train_head, "train_head", "head.pt", QUICK), (finetune, "finetune", "finetuned.pt", FINETUNE))
     kills = [
+        ("core.training", "save_torch", 1),  # after the first checkpoint, before the first state
         ("core.training", "save_torch", 3),
         ("core.training", "train_step", 2),
         ("core.training", "mark_finished", 1),
@@ -293,7 +294,7 @@ def test_killed_runs_continue_exactly(data_dir, tmp_path):
         run_stage(module, **settings, RUN_DIR=folders[0])
         for number, kill in enumerate(kills):
             code, output = run_process(f"{stage}.py", dies_at=kill, **settings, RUN_DIR=folders[1])
-            assert code == -9 and ("continuing after step 2" in output) == (number > 0), output
+            assert code == -9 and ("continuing after step 2" in output) == (number > 1), output
         with pytest.raises(UserError, match="LEARNING_RATE"):
             run_stage(module, **settings | dict(LEARNING_RATE=0.02), RUN_DIR=folders[1])
         for _ in range(2):

@@ -25,7 +25,7 @@ from prepare_data import read_npy
 from tools.pictures import read_batches
 
 PICTURES_DIR: str = "photos"  # pictures of common formats and any shape; the central square is used
-ROWS: str = "rows.csv"  # a line per row of activity: picture; optional: session, split (train or test), nsd_id
+ROWS: str = "rows.csv"  # a line per row of activity: picture; optional: session, split (train or test), nsd_id (from 0)
 LH_ACTIVITY: str = "lh_activity.npy"  # (n_rows, n_vertices) npy, or GIFTI with a data array per row
 RH_ACTIVITY: str = "rh_activity.npy"  # n_vertices: those of the mask or list, or all 163,842 of fsaverage
 LH_VERTICES: str = "lh_vertices.npy"  # mask (163842,) of 0 and 1, or fsaverage indices: npy, GIFTI or txt
@@ -75,7 +75,8 @@ def read_activity(path, rows, vertices):
 def read_rows():
     """ROWS -> DataFrame picture, session, split, nsd_id (-1: none)."""
     rows = pd.read_csv(ROWS, dtype={"picture": str, "session": str})
-    rows = rows.reindex(columns=["picture", "session", "split", "nsd_id"]).fillna({"split": "train", "nsd_id": -1})
+    rows = rows.reindex(columns=["picture", "session", "split", "nsd_id"]).astype({"split": object})
+    rows = rows.fillna({"split": "train", "nsd_id": -1})
     if rows["picture"].isna().any() or not rows["split"].isin(["train", "test"]).all():
         raise UserError(f"{ROWS} needs a file name in column picture of every line; column split holds train or test.")
     unclear = rows.groupby("picture")[["split", "nsd_id"]].nunique().gt(1).any(axis=1)
