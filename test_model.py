@@ -210,7 +210,7 @@ def test_layers_are_block_numbers():
     ],
 )
 def test_unusable_trunks_are_refused(arguments, message, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=message):
         Trunk(*arguments)
 

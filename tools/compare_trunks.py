@@ -1,12 +1,11 @@
 """The report's Table 4: the head on different trunks, trained on a short schedule, beside ridge regression.
 
-Reads DATA_DIR (prepared data, PCA). Writes to RUN_DIR: trunks.csv, one row per trunk and method; trunks.png; and per
+Reads DATA_DIR (prepared data, PCA). Writes to RUN_DIR trunks.csv, one row per trunk and method, trunks.png, and per
 trunk a folder with its best checkpoints and scores.json. Trunks that are there already are not trained again.
 
-SEEDS heads per trunk are trained together on the same batches and crops; they differ in initialisation and dropout.
-"ridge" is the usual approach on the same trunk: one ridge regression per subject (tools/ridge.py) on the class token
-and mean patch token of the same layers, whole training pictures, penalty by leave-one-out. All scores are those of the
-validation split, on which the heads' checkpoints are chosen: theirs are slightly optimistic, ridge's are not.
+SEEDS heads per trunk train together on the same batches and crops; they differ in initialisation and dropout. "ridge"
+is one ridge regression per subject on the pooled tokens of the same layers, fitted to whole training pictures, penalty
+by leave-one-out. Scores are of the validation split, which chose the heads' checkpoints: slightly optimistic for them.
 """
 
 import json
@@ -21,11 +20,11 @@ import fit_pca
 import prepare_data
 import train_head
 from core import training
-from core.checkpoint import load_checkpoint
+from core.checkpoint import read_checkpoint
 from core.files import atomic_write, lock
 from core.scores import median, r2_score
 from core.settings import choose_device, choose_precision, constants, run
-from model import Encoder, Trunk, UserError, feature_latents, parse_layers, trunk_outputs
+from model import Trunk, UserError, parse_layers, trunk_outputs
 from tools import ridge
 
 TABLE_4 = {  # median R² (report)
@@ -39,10 +38,10 @@ TABLE_4 = {  # median R² (report)
     "eva02_base_patch14_224.mim_in22k": 0.2019,
     "eva02_base_patch16_clip_224.merged2b": 0.2023,
 }
-TABLE_4_SETTINGS = {  # (report, Tables 1, 2 and 4); its numbers are shown beside ours only with these
+TABLE_4_SETTINGS = {  # (report, Tables 1, 2 and 4); only with these its numbers are shown beside ours
     "STEPS": 1250, "BATCH_SIZE": 512, "IMAGE_SIZE": 224, "LATENT_DIM": 1024, "LEARNING_RATE": 6e-4,
     "MIN_LEARNING_RATE": 3e-5, "BETAS": (0.9, 0.99), "WEIGHT_DECAY": 0.8, "FEATURE_DROPOUT": 0.9, "CROP_SCALE": 0.8,
-    "PRETRAINED": True, "TRAIN_EMBEDDING": False,
+    "PRETRAINED": True, "MICRO_BATCH": 0,
 }  # fmt: skip
 
 DATA_DIR: str = "data"  # prepared data and PCA
@@ -72,40 +71,26 @@ PRECISION: str = "auto"  # auto, bfloat16, float16 (with loss scaling) or float3
 DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE: bool = False  # train trunks again that RUN_DIR already contains
 
-NOT_COMPARED = {*training.FREE, "TRUNKS"}  # between runs that share a table
 
-
-def head_settings(name, run_dir, seed):
+def head_settings(trunk, run_dir, seed):
     """train_head.py's constants for one head."""
-    own = {key: value for key, value in constants(globals()).items() if hasattr(train_head, key)}
-    own |= {"TRUNK": name, "RUN_DIR": str(run_dir), "SEED": seed, "WARMUP_STEPS": STEPS // 20}
-    return constants(vars(train_head)) | own
-
-
-def check_trunks():
-    """Refuse names that timm does not have and trunks without the layers, before the first one trains."""
-    problems = []
-    for name in TRUNKS:
-        try:
-            with torch.device("meta"):
-                Trunk(name, LAYERS, image_size=IMAGE_SIZE, pretrained=False)
-        except UserError as error:
-            problems.append(f"{name}: {error}")
-    if problems:
-        raise UserError("\n".join(problems))
+    shared = {name: value for name, value in constants(globals()).items() if hasattr(train_head, name)}
+    shared |= {"TRUNK": trunk, "RUN_DIR": str(run_dir), "SEED": seed, "WARMUP_STEPS": STEPS // 20}
+    return constants(vars(train_head)) | shared
 
 
 def run_trunk(name, folder, data, pca, device, precision):
     """Train and score the heads of one trunk -> rows, see score_methods()."""
-    (folder / "scores.json").unlink(missing_ok=True)  # else they could outlive their checkpoints
+    (folder / "scores.json").unlink(missing_ok=True)  # before the checkpoints that it describes
     trunk = Trunk(name, LAYERS, image_size=IMAGE_SIZE, pretrained=PRETRAINED, seed=SEED)
     settings = [head_settings(name, folder, SEED + i) for i in range(SEEDS)]
     learners = [
         train_head.new_learner(trunk, s, f"seed-{i}.pt", data, pca, device, precision) for i, s in enumerate(settings)
     ]
     training.Run("heads", learners, data, pca, settings[0]).run()
-    heads = [load_checkpoint(learner.output, device)[0].head for learner in learners]  # the best, not the last
-    return score_methods([Encoder(trunk, head) for head in heads], data, precision)
+    for learner in learners:  # the best weights, not the last
+        learner.encoder.head.load_state_dict(read_checkpoint(learner.output)["head"])
+    return score_methods([learner.encoder for learner in learners], data, precision)
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -120,15 +105,17 @@ def score_methods(encoders, data, precision):
     trunk, device = encoders[0].trunk, encoders[0].head.embed_bias.device
     options = {"batch_size": MICRO_BATCH or BATCH_SIZE, "precision": precision}
     pictures = np.unique(data.image[data.samples("val")])
-    latents = feature_latents(encoders, data.images[pictures], **options)
+    latents = trunk_outputs(trunk, data.images[pictures], [e.eval().latents for e in encoders], **options)
     if RIDGE:
         pool = [lambda features: ridge.pool_tokens(trunk, features).cpu()]
         [pooled] = trunk_outputs(trunk, data.images[: data.n_training_images], pool, **options)
+    share = np.full(len(pictures), 1 / len(pictures))
+    counts = torch.from_numpy(np.random.default_rng(SEED).multinomial(len(pictures), share, RESAMPLES)).float()
 
     def read(rows, mask):
         return torch.from_numpy(data.read_activity(rows)[:, mask]).to(device, torch.float32)
 
-    r2, resampled, regions = [], [], []  # per subject
+    r2, resampled, streams = [], [], []  # per subject
     for s in range(len(data.space.subjects)):
         rows, mask = data.samples("val", s), data.space.present(s)
         activity, place = read(rows, mask), np.searchsorted(pictures, data.image[rows])
@@ -137,26 +124,20 @@ def score_methods(encoders, data, precision):
             train = data.samples("train", s)
             fitted = ridge.fit(pooled[data.image[train]].to(device), read(train, mask))
             predictions.append(ridge.predict(fitted, pooled[data.image[rows]].to(device)))
-        weights = resample_counts(len(pictures))[:, place].to(device)
+        weights = counts[:, place].to(device)
         r2.append([r2_score(activity, prediction).numpy() for prediction in predictions])
         resampled.append([resampled_r2(activity, prediction, weights) for prediction in predictions])
-        areas = data.space.regions(s).items()
-        regions.append({roi: inside[mask] for (group, roi), inside in areas if group == "streams" and roi != "all"})
+        regions = data.space.regions(s).items()
+        streams.append({roi: inside[mask] for (group, roi), inside in regions if group == "streams" and roi != "all"})
     table = []
     for i in range(len(encoders) + RIDGE):
         row = {"method": "head", "seed": i} if i < len(encoders) else {"method": "ridge", "seed": 0}
         row["val_r2"] = median(np.concatenate([scores[i] for scores in r2]))
-        for roi in regions[0]:
-            row[f"val_r2_{roi}"] = median(np.concatenate([scores[i][own[roi]] for scores, own in zip(r2, regions)]))
+        for roi in streams[0]:
+            row[f"val_r2_{roi}"] = median(np.concatenate([scores[i][part[roi]] for scores, part in zip(r2, streams)]))
         row["resampled"] = np.nanmedian(np.concatenate([values[i] for values in resampled], 1), axis=1).tolist()
         table.append(row)
     return table
-
-
-def resample_counts(n_pictures):
-    """How often each picture is drawn, with replacement -> (RESAMPLES, n_pictures) float32."""
-    counts = np.random.default_rng(SEED).multinomial(n_pictures, np.full(n_pictures, 1 / n_pictures), RESAMPLES)
-    return torch.from_numpy(counts).float()
 
 
 def resampled_r2(y, prediction, weights):
@@ -175,7 +156,7 @@ def summarise(results, with_report=False):
     """results {trunk: see score_methods()} -> DataFrame, best first: trunk, method, n_seeds, val_r2 and val_r2_STREAM
     (means over seeds), deviation (over seeds), report (Table 4), difference to the best row, low and high (its 95 %
     interval over validation pictures, not seeds)."""
-    rows = pd.DataFrame([{"trunk": trunk, **row} for trunk, found in results.items() for row in found])
+    rows = pd.DataFrame([{"trunk": trunk, **row} for trunk, scores in results.items() for row in scores])
     groups = rows.groupby(["trunk", "method"])
     table = groups["val_r2"].agg(n_seeds="size", val_r2="mean", deviation="std")
     table = table.join(groups[[name for name in rows if name.startswith("val_r2_")]].mean())
@@ -189,33 +170,31 @@ def summarise(results, with_report=False):
     return table.assign(report=report, difference=difference, low=low, high=high).reset_index()
 
 
-def write_table(results, with_report, folder):
-    """trunks.csv and trunks.png -> the table."""
-    table = summarise(results, with_report)
+def write_table(table, folder):
+    """trunks.csv and trunks.png."""
     with atomic_write(folder / "trunks.csv") as file:
         table.to_csv(file, index=False)
     plt.switch_backend("Agg")
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.3 * len(table)), layout="constrained")
     for method, part in table.groupby("method"):
         axes.errorbar(part["val_r2"], part.index, xerr=part["deviation"], fmt="o", label=method)
-    if with_report:
+    if table["report"].notna().any():
         axes.plot(table["report"].astype(float), table.index, "k|", markersize=14, label="report, Table 4")
     axes.set_yticks(table.index, table["trunk"] + ", " + table["method"], fontsize=7)
-    axes.set(xlabel="validation median R² (bars: deviation over seeds)", ylim=(len(table) - 0.5, -0.5))
+    axes.set(xlabel="validation median R² (bars: standard deviation over seeds)", ylim=(len(table) - 0.5, -0.5))
     figure.legend(fontsize=7, loc="outside lower right", ncols=3)
     with atomic_write(folder / "trunks.png") as file:
         figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
-    return table
 
 
 def print_table(table, data):
-    rows = data.samples("val")
+    rows, train = data.samples("val"), data.samples("train")
     n_pictures = len(np.unique(data.image[rows]))
     print(f"\nMedian R² on the validation split ({len(rows)} samples, {n_pictures} unique pictures), mean over seeds")
     print(table.dropna(axis=1, how="all").to_string(index=False, float_format="{:.4f}".format, na_rep=""))
-    print("low, high: 95 % interval of the difference to the best over pictures; other seeds would widen it.")
-    if STEPS < 500 or STEPS * BATCH_SIZE < 5 * len(data.samples("train")) or table["val_r2"].max() <= 0:
+    print("low, high: 95 % interval of the difference to the best over pictures; it does not cover seeds.")
+    if STEPS < 500 or STEPS * BATCH_SIZE < 5 * len(train) or table["val_r2"].max() <= 0:
         print("This schedule is too short to compare trunks (report: 1250 steps of 512, 10 epochs).")
 
 
@@ -223,56 +202,62 @@ def print_table(table, data):
 
 
 def has_report_settings(data, pca):
-    same = constants(vars(train_head)) | constants(globals())
-    n_components = PCA_DIM or pca.components.shape[1]
-    shape = (parse_layers(LAYERS), n_components, len(data.space.subjects))
-    return shape == ([0, 2, 4, 6, 8, 10], 2048, 8) and all(same[name] == v for name, v in TABLE_4_SETTINGS.items())
+    settings = constants(vars(train_head)) | constants(globals())
+    same = all(settings[name] == value for name, value in TABLE_4_SETTINGS.items())
+    shape = (parse_layers(LAYERS), PCA_DIM or pca.components.shape[1], len(data.space.subjects))
+    return same and shape == ([0, 2, 4, 6, 8, 10], 2048, 8)
+
+
+def load_inputs(namespace, not_compared):
+    """Prepared data, PCA on the device, device and precision of a script, and a dict of what its results rest on."""
+    data = prepare_data.load(namespace["DATA_DIR"])
+    pca = fit_pca.load(namespace["DATA_DIR"], data)
+    device = choose_device(namespace["DEVICE"])
+    precision = choose_precision(namespace["PRECISION"], device)
+    pca.components, pca.mean = pca.components.to(device), pca.mean.to(device)  # one copy for all heads
+    inputs = {name: value for name, value in constants(namespace).items() if name not in not_compared}
+    inputs |= {"precision": str(precision), "data": data.fingerprint, "pca": pca.fingerprint}
+    return data, pca, device, precision, json.loads(json.dumps(inputs))
 
 
 def check_same(path, before, now):
     """Refuse to mix results of different settings and data."""
-    now = json.loads(json.dumps(now))
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    changed = [name for name in before | now if before.get(name) != now.get(name)]
     if changed:
-        listed = "; ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in changed)
-        raise UserError(f"{path} has other settings ({listed}). Choose another RUN_DIR, or --overwrite.")
+        listed = "; ".join(f"{name}: {before.get(name)} before, {now.get(name)} now" for name in changed)
+        raise UserError(f"{path} has results of other settings ({listed}): use another RUN_DIR, or --overwrite true.")
 
 
 def main():
     training.check_settings(head_settings(TRUNKS[0], RUN_DIR, SEED))
-    check_trunks()
-    data = prepare_data.load(DATA_DIR)
-    pca = fit_pca.load(DATA_DIR, data)
-    device = choose_device(DEVICE)
-    precision = choose_precision(PRECISION, device)
-    folder, with_report = Path(RUN_DIR), has_report_settings(data, pca)
-    inputs = {name: value for name, value in constants(globals()).items() if name not in NOT_COMPARED}
-    inputs |= {"precision": str(precision), "data": data.fingerprint, "pca": pca.fingerprint}
-    results, missing = {}, []
+    for name in TRUNKS:  # refuse unknown names and layers before the first trunk trains
+        with torch.device("meta"):
+            Trunk(name, LAYERS, image_size=IMAGE_SIZE, pretrained=False)
+    data, pca, device, precision, inputs = load_inputs(globals(), {*training.FREE, "TRUNKS"})
+    folder, with_report, results, failures = Path(RUN_DIR), has_report_settings(data, pca), {}, []
     with lock(folder):
         for path in sorted(folder.glob("*/scores.json")):
             if not OVERWRITE or path.parent.name not in TRUNKS:
                 recorded = json.loads(path.read_text())
                 check_same(path, recorded["inputs"], inputs)
                 results[path.parent.name] = recorded["rows"]
-        for name in TRUNKS:
-            print(f"{name} is finished" if name in results else name)
-            if name in results:
-                continue
+        for name in [name for name in TRUNKS if name not in results]:
+            print(name)
             try:
                 results[name] = run_trunk(name, folder / name, data, pca, device, precision)
             except UserError as error:
-                missing.append(f"{name}: {error}")
+                failures.append(f"{name}: {error}")
                 continue
             with atomic_write(folder / name / "scores.json") as file:
                 file.write(json.dumps({"inputs": inputs, "rows": results[name]}).encode())
             (folder / name / "heads.state.pt").unlink()  # large, no longer needed
-            write_table(results, with_report, folder)
         if results:
-            print_table(write_table(results, with_report, folder), data)
+            table = summarise(results, with_report)
+            write_table(table, folder)
+            print_table(table, data)
             print(f"wrote {folder / 'trunks.csv'}, {folder / 'trunks.png'}")
-    if missing:
-        raise UserError("\n".join(["not in the table:", *missing]))
+    if failures:
+        raise UserError("\n".join(["not in the table:", *failures]))
 
 
 if __name__ == "__main__":

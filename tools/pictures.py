@@ -6,10 +6,12 @@ Files are read as a viewer shows them: rotated as EXIF says, transparent parts o
 import dataclasses
 import glob
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image, ImageOps
 
 from model import PICTURE_SIZE, UserError
@@ -28,23 +30,31 @@ class Picture:
     warning: str  # what looks odd, or nothing
 
 
+def plural(n, singular):
+    return f"{n} {singular}" + "s" * (n != 1)
+
+
 def shown(path):
     """A path for people to read; names that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def plural(n, singular):
-    return f"{n} {singular}" + "s" * (n != 1)
-
-
 def find_pictures(images, output_dir):
-    """Files, folders and globs, separated by commas -> [Path], each once, folders sorted. Raises UserError if there are
-    none. Folders are searched with their subfolders, linked ones too; OUTPUT_DIR is left out."""
+    """Files, folders and globs, separated by commas -> [Path], each once. Raises UserError if there are none.
+
+    Folders are searched with their subfolders, linked ones too, but not OUTPUT_DIR.
+    """
     Image.init()  # registers all formats
     endings = HEIC | {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-    files = []
-    for place in split_places(images):
-        files += files_below(place, output_dir) if place.is_dir() else [place]
+    files, name = [], ""
+    for part in images.split(","):
+        name = f"{name},{part}" if name else part.strip()  # names may hold commas themselves
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        for path in map(Path, matches):
+            files += files_below(path, output_dir) if path.is_dir() else [path]
+        name = "" if matches else name
+    if name:
+        raise UserError(f"{shown(name.split(',')[0])} does not exist.")
     files = dict.fromkeys(files)  # without repetitions
     pictures = [path for path in files if path.suffix.lower() in endings]
     if len(files) > len(pictures):
@@ -52,19 +62,6 @@ def find_pictures(images, output_dir):
     if not pictures:
         raise UserError(f"there are no pictures in {shown(images) or 'IMAGES, which is empty'}.")
     return pictures
-
-
-def split_places(images):
-    """[Path] of "photos/,a.jpg,b*.png"; names may hold commas themselves."""
-    places, name = [], ""
-    for part in images.split(","):
-        name = f"{name},{part}" if name else part.strip()
-        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        places += map(Path, matches)
-        name = "" if matches else name
-    if name:
-        raise UserError(f"{shown(name.split(',')[0])} does not exist.")
-    return places
 
 
 def files_below(folder, output_dir):
@@ -97,8 +94,6 @@ def read_picture(path):
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         square = ImageOps.fit(picture.convert("RGB"), (PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
         return Picture(Path(path), np.asarray(square), *picture.size, warning)
-    except MemoryError:
-        raise
     except Exception as error:  # decoders raise all kinds
         raise UserError(f"{shown(path)}: {' '.join(str(error).split()) or type(error).__name__}")
 
@@ -115,33 +110,37 @@ def to_8_bit(picture):
 
 def read_batches(paths, batch_size, failures):
     """Yields [Picture] of the readable files, batch by batch; what is wrong with others is appended to failures.
-    Threads decode the next batch while the caller works on this one."""
 
-    def try_to_read(path):
-        try:
-            return read_picture(path)
-        except UserError as error:
-            return str(error)
-
+    Threads decode the next batch while the caller works on this one.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        coming = [pool.submit(try_to_read, path) for path in paths[:batch_size]]
+        coming = [pool.submit(read_picture, path) for path in paths[:batch_size]]
         for start in range(batch_size, len(paths) + batch_size, batch_size):
-            batch = [future.result() for future in coming]
-            coming = [pool.submit(try_to_read, path) for path in paths[start : start + batch_size]]
-            failures += [message for message in batch if isinstance(message, str)]
-            pictures = [picture for picture in batch if isinstance(picture, Picture)]
-            if pictures:
-                yield pictures
+            batch = coming
+            errors = [str(future.exception()) for future in batch if future.exception()]
+            coming = [pool.submit(read_picture, path) for path in paths[start : start + batch_size]]
+            failures += errors
+            if len(errors) < len(batch):
+                yield [future.result() for future in batch if not future.exception()]
+
+
+def list_pictures(pictures, first=0):
+    """[Picture] -> rows of pictures.csv: a name that can serve in file names, whatever the file is called, and sizes."""
+    table = pd.DataFrame([vars(picture) for picture in pictures]).drop(columns=["image", "path"])
+    stems = [re.sub(r"[^A-Za-z0-9-]+", "_", picture.path.stem)[:60] for picture in pictures]
+    table.insert(0, "picture", [f"{row:03d}_{stem}" for row, stem in enumerate(stems, first)])
+    table.insert(1, "file", [shown(picture.path) for picture in pictures])
+    return table
 
 
 def report(pictures, failures):
-    """Print which pictures were cropped or look odd. pictures: table with file, width, height and warning.
-    Raises UserError, after everything else is done, if files could not be read."""
+    """Print which pictures were cropped or look odd. pictures: the table of list_pictures(). Raises UserError, after
+    everything else is done, if files could not be read."""
     cropped = pictures[pictures.width != pictures.height]
-    if len(cropped):
-        sizes = [f"{row.file} ({row.width} x {row.height})" for row in cropped.head(3).itertuples()]
-        sizes += ["…"] * (len(cropped) > 3)
-        print(f"centre-cropped {plural(len(cropped), 'picture')} to a square: {', '.join(sizes)}")
+    sizes = [f"{row.file} ({row.width} x {row.height})" for row in cropped.head(3).itertuples()]
+    if sizes:
+        more = ", …" if len(cropped) > 3 else ""
+        print(f"centre-cropped {plural(len(cropped), 'picture')} to a square: {', '.join(sizes)}{more}")
     for row in pictures[pictures.warning != ""].head(10).itertuples():
         print(f"warning: {row.file}: {row.warning}")
     if failures:

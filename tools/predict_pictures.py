@@ -9,7 +9,6 @@ OUTPUT_DIR gets
     subj01/000_photo.png, 000_photo_{lh,rh}.func.gii   for up to MAPS pictures: flat map; activity on fsaverage
 """
 
-import re
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
@@ -23,7 +22,7 @@ from core.space import HEMIS, N_FSAVERAGE
 from model import UserError
 from predict import choose_checkpoints, load_encoder
 from tools.flatmap import FlatMap, describe_maps, fit_limits, save_figure
-from tools.pictures import find_pictures, plural, read_batches, report, shown
+from tools.pictures import find_pictures, list_pictures, plural, read_batches, report
 
 IMAGES: str = ""  # files, folders and globs, separated by commas
 RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
@@ -69,9 +68,10 @@ def region_weights(space, subject):
     left, rows, weights = np.arange(space.n_vertices) < space.n_lh, [], []
     for names, region in space.regions(subject).items():
         for hemi, side in (("both", True), ("lh", left), ("rh", ~left)):
-            if (region & side).any():
-                rows.append((*names, hemi, (region & side).sum()))
-                weights.append((region & side) / rows[-1][-1])
+            part = region & side
+            if part.any():
+                rows.append((*names, hemi, part.sum()))
+                weights.append(part / part.sum())
     table = pd.DataFrame(rows, columns=["roi_group", "roi", "hemisphere", "n_vertices"])
     return table, np.stack(weights).astype(np.float32)
 
@@ -95,8 +95,8 @@ def save_gifti(stem, space, maps):
         image.to_filename(f"{stem}_{hemi}.func.gii")
 
 
-def save_map(path, flat, values, limits, label, outlines, title, image=None):
-    """A flat map of values (n_vertices,), NaN where missing, and the picture beside it if there is one."""
+def save_map(path, flat, values, limits, label, outlines, image=None):
+    """A flat map of values (n_vertices,), NaN where missing, titled as its file; the picture beside it if there is one."""
     widths = [3.0] * (image is not None) + [3 * flat.size[0] / flat.size[1]]  # inches
     figure = plt.figure(figsize=(sum(widths) + 1.2, 3.7), layout="constrained")
     axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
@@ -105,81 +105,68 @@ def save_map(path, flat, values, limits, label, outlines, title, image=None):
         axes[0].set_axis_off()
     mesh = flat.draw(axes[-1], values, limits, "RdBu_r", outlines, named=True)
     describe_maps(figure, [mesh], [axes[-1]], label, outlines)
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.suptitle(f"{path.parent.name}, {path.stem}", fontsize=10)
     save_figure(figure, path)
 
 
 class Output:
-    """Files of one subject (an index; None: the group), to which rows are appended."""
+    """The files of one subject (a name) for at most n_pictures."""
 
-    def __init__(self, folder, space, name, subject, flat):
-        self.folder, self.space, self.name, self.subject, self.flat = folder / name, space, name, subject, flat
-        self.table, self.weights = region_weights(space, subject)
-        self.n_rows, self.columns = 0, {hemi: space.columns(subject, hemi) for hemi in HEMIS}
+    def __init__(self, folder, predictor, name, n_pictures):
+        self.folder, self.predictor, self.name, self.subject = folder / name, predictor, name, predictor.index(name)
         self.folder.mkdir()
-        save_vertices(self.folder, space, subject)
-        self.files = {hemi: open(self.folder / f"activity_{hemi}.npy", "wb") for hemi in HEMIS}
-        self.write_headers()
+        save_vertices(self.folder, predictor.space, self.subject)
+        self.table, self.weights = region_weights(predictor.space, self.subject)
+        self.arrays = {self.folder / f"activity_{h}.npy": predictor.space.columns(self.subject, h) for h in HEMIS}
+        for path, columns in self.arrays.items():
+            np.lib.format.open_memmap(path, "w+", "<f4", (n_pictures, len(columns)))
 
-    def write_headers(self):
-        """The number of rows is known at the end; numpy leaves room for it to grow."""
-        for hemi, file in self.files.items():
-            file.seek(0)
-            shape = (self.n_rows, len(self.columns[hemi]))
-            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-
-    def write(self, names, images, activity):
-        """activity (n, n_vertices) of pictures; the maps of one call share a colour scale."""
-        for hemi, file in self.files.items():
-            file.write(np.ascontiguousarray(activity[:, self.columns[hemi]], "<f4"))
-        self.n_rows += len(names)
-        means = activity @ self.weights.T
-        tables = {(name, self.name): self.table.assign(mean=mean) for name, mean in zip(names, means)}
-        path = self.folder.parent / "rois.csv"
+    def write(self, first, names, latents):
+        """Rows of all files from row first on -> activity (n, n_vertices), NaN where the subject has no vertex."""
+        activity, space = self.predictor.decode(latents, self.subject).numpy(), self.predictor.space
+        for path, columns in self.arrays.items():
+            np.lib.format.open_memmap(path, "r+")[first : first + len(names)] = activity[:, columns]
+        means = zip(names, activity @ self.weights.T)
+        tables = {(name, self.name): self.table.assign(mean=mean) for name, mean in means}
         table = pd.concat(tables, names=["picture", "subject"]).droplevel(2)
-        table.to_csv(path, mode="a", header=not path.exists(), float_format="%.7g")
-        if self.flat:
-            activity = np.where(self.space.present(self.subject), activity, np.float32(np.nan))
-            limits, outlines = fit_limits([activity]), self.flat.outlines(OUTLINES, self.subject)
-            for name, image, values in zip(names, images, activity):
-                save_gifti(self.folder / name, self.space, {"predicted activity (z)": values})
-                title = f"{name}, {self.name}"
-                path = self.folder / f"{name}.png"
-                save_map(path, self.flat, values, limits, "predicted activity (z)", outlines, title, image)
+        table.to_csv(self.folder.parent / "rois.csv", mode="a", header=not first, float_format="%.7g")
+        return np.where(space.present(self.subject), activity, np.float32(np.nan))
 
-    def close(self):
-        self.write_headers()
-        for file in self.files.values():
-            file.close()
+    def draw(self, names, images, activity):
+        """Maps on one colour scale, and GIFTI files."""
+        flat, label = FlatMap(self.predictor.space, FSAVERAGE_DIR), "predicted activity (z)"
+        limits, outlines = fit_limits([activity]), flat.outlines(OUTLINES, self.subject)
+        for name, image, values in zip(names, images, activity):
+            save_map(self.folder / f"{name}.png", flat, values, limits, label, outlines, image)
+            save_gifti(self.folder / name, self.predictor.space, {label: values})
 
-
-def list_pictures(pictures, first=0):
-    """Rows of pictures.csv. Names serve as file names, whatever the pictures' own are."""
-    return [
-        {"picture": f"{row:03d}_{re.sub(r'[^A-Za-z0-9-]+', '_', p.path.stem)[:60]}", "file": shown(p.path)}
-        | {"width": p.width, "height": p.height, "warning": p.warning}
-        for row, p in enumerate(pictures, first)
-    ]  # fmt: skip
+    def close(self, n_pictures):
+        """Cut the arrays to the pictures that could be read. The header keeps its length: numpy pads it."""
+        for path, columns in self.arrays.items():
+            with open(path, "r+b") as file:
+                shape = (n_pictures, len(columns))
+                np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+                file.truncate(file.tell() + 4 * n_pictures * len(columns))
 
 
 def main():
-    paths, rows, failures = find_pictures(IMAGES, OUTPUT_DIR), [], []
+    paths, failures, tables, n = find_pictures(IMAGES, OUTPUT_DIR), [], [], 0
     predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
     subjects = choose_subjects(SUBJECT, predictor)
-    flat = FlatMap(predictor.space, FSAVERAGE_DIR) if len(paths) <= MAPS else None
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
-        outputs = [Output(folder, predictor.space, name, s, flat) for name, s in subjects.items()]
+        outputs = [Output(folder, predictor, name, len(paths)) for name in subjects]
         for pictures, latents in predict_batches(predictor, paths, failures):
-            listed = list_pictures(pictures, len(rows))
-            rows += listed
+            tables.append(list_pictures(pictures, n))
             for output in outputs:
-                activity = predictor.decode(latents, output.subject).numpy()
-                output.write([row["picture"] for row in listed], [p.image for p in pictures], activity)
+                activity = output.write(n, tables[-1].picture, latents)
+                if len(paths) <= MAPS:
+                    output.draw(tables[-1].picture, [p.image for p in pictures], activity)
+            n += len(pictures)
         for output in outputs:
-            output.close()
-        table = pd.DataFrame(rows)
+            output.close(n)
+        table = pd.concat(tables, ignore_index=True)
         table.drop(columns="warning").to_csv(folder / "pictures.csv", index_label="row")
-    print(f"wrote {OUTPUT_DIR}: {plural(len(table), 'picture')} for {', '.join(subjects)}")
+    print(f"wrote {OUTPUT_DIR}: {plural(n, 'picture')} for {', '.join(subjects)}")
     report(table, failures)
 
 

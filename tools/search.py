@@ -1,9 +1,9 @@
 """Search for good constants of phase 1 by Bayesian optimisation, HEADS trials at a time on one pass of the trunk.
 
 Reads DATA_DIR (prepared data, PCA). Writes to RUN_DIR: head.pt, the best trial's checkpoint; search.csv, one row per
-trial; search*.png, once eight trials have scores; study.journal, Optuna's storage. The same command continues a study,
-and several processes may share one. The trials of a killed round do not count. The authors ran roughly 50 trials on
-the validation median R² (report, Training recipe); the ranges below are ours.
+trial; search.png, R² against each constant; study.journal, Optuna's storage. The same command continues a study, and
+several processes may share one; the trials of a killed process do not count. The authors ran roughly 50 trials on the
+validation median R² (report, Training recipe); the ranges below are ours.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import math
 import shlex
 import shutil
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
@@ -24,15 +23,13 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-import fit_pca
-import prepare_data
 import train_head
 from core import training
 from core.checkpoint import mark_finished
 from core.files import atomic_write, lock
-from core.settings import choose_device, choose_precision, constants, run
+from core.settings import constants, run
 from model import Trunk, UserError
-from tools.compare_trunks import check_same
+from tools.compare_trunks import check_same, load_inputs
 
 DATA_DIR: str = "data"  # prepared data and PCA
 RUN_DIR: str = "runs/search"  # the study, its table, figures and best head
@@ -53,15 +50,13 @@ BATCH_SIZE: int = train_head.BATCH_SIZE  # samples per optimiser step, shared by
 MICRO_BATCH: int = 0  # samples at a time; 0: the whole batch
 CROP_SCALE: float = train_head.CROP_SCALE  # not searched: the heads of a round share their crops
 STEPS: int = 1250  # per trial, a twentieth of them warm-up: the report's short schedule (Table 4)
-FULL_SCHEDULE: int = 4  # the winner is then trained for this many times STEPS (report: 5000)
 VALIDATE_EVERY: int = 0  # steps; 0: once per epoch
 SEED: int = 0  # of the samplers, initialisation, order, crops and dropout
 PRECISION: str = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
 DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE: bool = False  # start a new study and delete the one in RUN_DIR
 
-NOT_COMPARED = {*training.FREE, "TRIALS", "HEADS", "FULL_SCHEDULE"}  # may differ between the processes of one study
-RESULTS = ("study.journal", "head.pt", "search.csv", "search.png", "search_history.png", "search_importance.png")
+NOT_COMPARED = {*training.FREE, "TRIALS", "HEADS"}  # may differ between the processes of one study
 
 
 # ---- what is searched ----------------------------------------------------------------------------
@@ -84,10 +79,10 @@ def distributions(n_components):
     }
 
 
-def usual_constants(space, n_components):
-    """The constants of train_head.py (report, Table 2) that lie within the ranges: the first trial has them."""
+def usual_constants(space):
+    """train_head.py's constants (report, Table 2), as far as they lie within the ranges: for the first trial."""
     usual = {name: getattr(train_head, name) for name in space}
-    usual["PCA_DIM"] = usual["PCA_DIM"] or n_components
+    usual["PCA_DIM"] = usual["PCA_DIM"] or space["PCA_DIM"].high
     is_inside = {name: kind.low <= usual[name] <= kind.high for name, kind in space.items() if name != "LAYERS"}
     is_inside["LAYERS"] = usual["LAYERS"] in space["LAYERS"].choices
     return {name: value for name, value in usual.items() if is_inside[name]}
@@ -105,15 +100,9 @@ def trial_settings(params, run_dir):
 # ---- the study, which several processes share ----------------------------------------------------
 
 
-@contextlib.contextmanager
 def study_lock(folder):
-    """Wait until no other process draws or records trials."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / ".lock"):
-        try:
-            yield
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)
+    """Held while trials are drawn or recorded; other processes wait for it."""
+    return filelock.FileLock(folder / ".lock")
 
 
 def living_rounds(folder):
@@ -136,7 +125,7 @@ def open_study(folder, inputs):
     if OVERWRITE:
         if living_rounds(folder):
             raise UserError(f"another process is working on the study in {folder}.")
-        for name in RESULTS:
+        for name in ("study.journal", "head.pt", "search.csv", "search.png"):
             (folder / name).unlink(missing_ok=True)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
     study = optuna.create_study(storage=storage, study_name="search", direction="maximize", load_if_exists=True)
@@ -146,10 +135,10 @@ def open_study(folder, inputs):
 
 
 @contextlib.contextmanager
-def new_round(study, folder, space, usual):
+def new_round(study, folder, space):
     """Draw up to HEADS trials -> (a folder to train them in, removed at the end; trials, none if TRIALS are reached).
 
-    Trials count if they have a score, diverged, or are being trained by a living process. usual: of the first trial.
+    Trials count if they have a score, diverged, or are being trained by a living process.
     """
     with contextlib.ExitStack() as held:
         with study_lock(folder):
@@ -160,7 +149,7 @@ def new_round(study, folder, space, usual):
             trials = study.get_trials(deepcopy=False)
             n_counted = sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING) for t in trials)
             if not n_counted:
-                study.enqueue_trial(usual)
+                study.enqueue_trial(usual_constants(space))
             round_dir = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="round-", dir=folder)))
             held.enter_context(lock(round_dir))
             seed = np.random.default_rng([SEED, 4, len(trials)]).integers(2**31)
@@ -180,10 +169,10 @@ class Round(training.Run):
         learner.at_best = copy.deepcopy((learner.state()["weights"], learner.step, scores))
 
     def save_state(self):
-        """A killed round is not continued."""
+        pass  # a killed round is not continued
 
     def conclude(self):
-        """No checkpoints to mark as finished."""
+        pass  # no checkpoints to mark as finished
 
     def write_head(self, learner, path):
         """The learner's checkpoint at its best validation score."""
@@ -217,64 +206,42 @@ def scored_trials(study):
 
 
 def write_results(study, folder):
-    """search.csv: trial, val_r2, state (COMPLETE; PRUNED: diverged; FAIL: killed; RUNNING), constants. From eight
-    scores on search.png: R² against each constant, search_history.png, search_importance.png: fANOVA."""
+    """search.csv: trial, val_r2, state (COMPLETE; PRUNED: diverged; FAIL: killed; RUNNING), constants; search.png."""
     table = study.trials_dataframe(("number", "value", "state", "params"))
     table = table.rename(columns=lambda name: name.removeprefix("params_"))
-    table = table.rename(columns={"number": "trial", "value": "val_r2"})
     with atomic_write(folder / "search.csv") as file:
-        table.to_csv(file, index=False)
-    scored = table[table["state"] == "COMPLETE"]
-    varied = [name for name in table.columns[3:] if scored[name].nunique() > 1]
-    if scored["val_r2"].nunique() < 8 or not varied:
-        return
-    charts, label = optuna.visualization.matplotlib, "validation median R²"
-    fanova = optuna.importance.FanovaImportanceEvaluator(seed=SEED)
-    plt.switch_backend("Agg")
-    with plt.rc_context():  # Optuna changes matplotlib's style
-        figures = {
-            "search.png": charts.plot_slice(study, varied, target_name=label),
-            "search_history.png": charts.plot_optimization_history(study, target_name=label),
-            "search_importance.png": charts.plot_param_importances(study, fanova, varied, target_name=label),
-        }
-        for name, axes in figures.items():
-            with atomic_write(folder / name) as file:
-                np.ravel(axes)[0].figure.savefig(file, dpi=120, format="png", bbox_inches="tight")
+        table.rename(columns={"number": "trial", "value": "val_r2"}).to_csv(file, index=False)
+    if scored_trials(study):
+        plt.switch_backend("Agg")
+        with plt.rc_context(), atomic_write(folder / "search.png") as file:  # Optuna changes matplotlib's style
+            axes = optuna.visualization.matplotlib.plot_slice(study, target_name="validation median R²")
+            axes[0].figure.savefig(file, dpi=120, format="png", bbox_inches="tight")
         plt.close("all")
 
 
 def winner_command(params, folder):
-    """The command line that trains the winner in full."""
-    steps, usual = FULL_SCHEDULE * STEPS, constants(vars(train_head))
-    settings = trial_settings(params, f"{folder}_full") | {"STEPS": steps, "WARMUP_STEPS": steps // 20}
-    words = ["python", "train_head.py"]
-    for name, value in settings.items():
-        if value != usual[name]:
-            words += [f"--{name.lower()}", str(value)]
-    return shlex.join(words)
+    """The command line that trains the winner with train_head.py's schedule."""
+    usual = constants(vars(train_head))
+    settings = trial_settings(params, f"{folder}_full") | {name: usual[name] for name in ("STEPS", "WARMUP_STEPS")}
+    options = [f"--{name.lower()}={value}" for name, value in settings.items() if value != usual[name]]
+    return shlex.join(["python", "train_head.py", *options])
 
 
 def main():
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # otherwise a line per trial
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    data = prepare_data.load(DATA_DIR)
-    pca = fit_pca.load(DATA_DIR, data)
+    data, pca, device, precision, inputs = load_inputs(globals(), NOT_COMPARED)
     space = distributions(pca.components.shape[1])
-    usual = usual_constants(space, pca.components.shape[1])
     layers = space["LAYERS"].choices
-    training.check_settings(trial_settings({name: getattr(kind, "high", layers[0]) for name, kind in space.items()}, ""))
-    device = choose_device(DEVICE)
-    precision = choose_precision(PRECISION, device)
+    highest = {name: getattr(kind, "high", layers[0]) for name, kind in space.items()}
+    training.check_settings(trial_settings(highest, RUN_DIR))
     trunk = Trunk(TRUNK, ",".join(layers), image_size=IMAGE_SIZE, pretrained=PRETRAINED, seed=SEED)
-    inputs = {name: value for name, value in constants(globals()).items() if name not in NOT_COMPARED}
-    inputs |= {"precision": str(precision), "data": data.fingerprint, "pca": pca.fingerprint}
     folder = Path(RUN_DIR)
+    folder.mkdir(parents=True, exist_ok=True)
     with study_lock(folder):
         study = open_study(folder, inputs)
-    pca.components, pca.mean = pca.components.to(device), pca.mean.to(device)  # one copy for all heads
     while True:
-        begin = time.monotonic()
-        with new_round(study, folder, space, usual) as (round_dir, trials):
+        with new_round(study, folder, space) as (round_dir, trials):
             if not trials:
                 break
             settings = [trial_settings(trial.params, round_dir / "heads") for trial in trials]
@@ -286,14 +253,15 @@ def main():
             training_round.run()
             record_round(study, folder, trials, training_round)
         best = max((trial.value for trial in scored_trials(study)), default=math.nan)
-        minutes = (time.monotonic() - begin) / 60
-        print(f"trials {trials[0].number} to {trials[-1].number} took {minutes:.1f} min; best so far {best:.4f}")
+        print(f"finished trials {trials[0].number} to {trials[-1].number}, best so far {best:.4f}")
+    with study_lock(folder):
+        (folder / ".lock").unlink()
     if not scored_trials(study):
         raise UserError(f"all trials in {folder / 'search.csv'} diverged: lower LEARNING_RATE_RANGE.")
     best = study.best_trial
     print(f"best: trial {best.number}, validation median R² {best.value:.4f}, {best.params}")
     print(f"wrote {folder / 'head.pt'}, {folder / 'search.csv'} and figures")
-    print(f"To train it in full, {FULL_SCHEDULE} times the steps:\n{winner_command(best.params, folder)}")
+    print(f"To train it in full:\n{winner_command(best.params, folder)}")
 
 
 if __name__ == "__main__":
