@@ -48,10 +48,10 @@ def main():
     made_from = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
     if any(made["made_with"].get(name) != value for name, value in made_from.items()):
         raise UserError(f"{path} was trained on other data than {DATA_DIR}: run train_head.py on these.")
-    if made["added"]:
-        raise UserError(f"{path} has people added by adaptation, which cannot be fine-tuned.")
-    if not made["finished"]:
-        raise UserError(f"{path} comes from a training that has not ended: run train_head.py to its end first.")
+    if made["added"] or not made["finished"]:
+        raise UserError(
+            f"{path} has people added by adaptation, or its training has not ended: run train_head.py first."
+        )
     for name in encoder.trunk.attention_parameters():
         encoder.trunk.get_parameter(name).requires_grad_(True)
     made_from["head_fingerprint"] = made["fingerprint"]

@@ -56,7 +56,7 @@ class Subject:
 def read_folder(folder, names=""):
     """[Subject] of a challenge folder; the first fault of every subject is reported at once."""
     folder = Path(folder)
-    wanted = sorted(filter(None, re.split(r"[,\s]+", names)))
+    wanted = sorted(names.replace(",", " ").split())
     wanted = wanted or sorted(p.name for p in folder.glob("subj[0-9][0-9]") if p.is_dir()) or ["subj01 …"]
     missing = [name for name in wanted if not (folder / name).is_dir()]
     if missing:

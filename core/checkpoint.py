@@ -17,11 +17,6 @@ def trunk_state(trunk, layers):
     return {name: value for name, value in trunk.state_dict().items() if not later or not name.startswith(later)}
 
 
-def trunk_fingerprint(state, stored):
-    """Of the trunk's weights that a checkpoint does not store itself."""
-    return fingerprint(*(value for name, value in state.items() if name not in stored))
-
-
 def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished, train_nsd_ids, added=None):
     """Write a checkpoint atomically.
 
@@ -35,7 +30,7 @@ def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished, 
         "made_with": made_with, "versions": versions(), "scores": scores, "step": step, "finished": finished,
         "trunk_settings": encoder.trunk.settings | {"layers": ",".join(map(str, encoder.layers))},
         "trunk": {name: state[name].detach().cpu() for name in stored},
-        "trunk_fingerprint": trunk_fingerprint(state, stored),
+        "trunk_fingerprint": fingerprint(*(value for name, value in state.items() if name not in stored)),
         "head": {name: value.detach().cpu() for name, value in encoder.head.state_dict().items()},
         "space": vars(space),
         "train_nsd_ids": torch.as_tensor(np.unique(train_nsd_ids)),
@@ -69,11 +64,9 @@ def load_checkpoint(path, device="cpu"):
     content = read_checkpoint(path)
     trunk = Trunk(**content["trunk_settings"])
     stored, weights = content.pop("trunk"), content.pop("head")
-    if trunk_fingerprint(trunk.state_dict(), stored) != content["trunk_fingerprint"]:
-        raise UserError(
-            f"{path} was trained on other weights of {trunk.settings['name']} than those loaded here: use the same "
-            "weights file and library versions."
-        )
+    loaded = fingerprint(*(value for name, value in trunk.state_dict().items() if name not in stored))
+    if loaded != content["trunk_fingerprint"]:
+        raise UserError(f"{path} was trained on other weights of {trunk.settings['name']} than those loaded here.")
     n_subjects, pca_dim, latent_dim = weights["subject_weight"].shape
     with torch.device("meta"):
         head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, len(weights["embed_bias"]))

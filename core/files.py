@@ -24,14 +24,11 @@ def aside_of(path):
 def atomic_write(path):
     """A binary file that is written beside path and renamed to it at the end."""
     aside = aside_of(path)
-    try:
-        with open(aside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with open(aside, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 @contextlib.contextmanager
@@ -82,8 +79,7 @@ def fingerprint(*items):
         elif isinstance(item, (list, tuple)):
             item = fingerprint(*item)
         elif isinstance(item, torch.Tensor):
-            item = item.detach().cpu().contiguous()
-            item = (item.view(torch.int16) if item.dtype == torch.bfloat16 else item).numpy()
+            item = item.detach().cpu().numpy()
         if isinstance(item, np.ndarray):
             digest.update(f"{item.dtype}{item.shape}".encode())
             digest.update(np.ascontiguousarray(item).reshape(-1).view(np.uint8))

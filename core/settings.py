@@ -51,16 +51,14 @@ def override(namespace, arguments):
     )
     for name, kind in namespace["__annotations__"].items():
         value = namespace[name]
-        default = (
-            ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if kind is bool else value
-        )
+        default = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        default = default.lower() if kind is bool else default
         help_text = f"{comments.get(name, '')} (default: {default})".replace("%", "%%")
         number = {"nargs": "?", "const": "true"} if kind is bool else {}
         number = {"nargs": "+"} if name == "IMAGES" else number  # a shell expands *.jpg
         options = {f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}
-        parser.add_argument(
-            *sorted(options), dest=name, metavar="VALUE", type=converter(kind), help=help_text, **number
-        )
+        number |= {"dest": name, "metavar": "VALUE", "type": converter(kind), "help": help_text}
+        parser.add_argument(*sorted(options), **number)
 
     def refuse(message):
         raise UserError(message)
@@ -102,15 +100,11 @@ def run(main, namespace, many=False):
 
 def choose_device(name):
     """ "auto" takes a GPU where there is one; under torchrun each process its own."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise UserError(f"DEVICE is {name}, expected auto, cpu, cuda or cuda:0, cuda:1 …")
     if name == "cpu" or name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
-    index = int(name.partition(":")[2] or 0)
-    if distributed.launched():
-        if ":" in name:
-            raise UserError(f"DEVICE is {name}: under torchrun use auto, every process takes a GPU of its own.")
-        index = int(os.environ["LOCAL_RANK"])
+    if not re.fullmatch(r"auto|cuda(:\d+)?", name) or distributed.launched() and name != "auto":
+        raise UserError(f"DEVICE is {name}, expected auto, cpu, cuda or cuda:0, cuda:1 …; under torchrun auto or cpu.")
+    index = int(os.environ["LOCAL_RANK"] if distributed.launched() else name.partition(":")[2] or 0)
     if index >= torch.cuda.device_count():
         raise UserError(f"DEVICE is {name}, but torch sees {torch.cuda.device_count()} GPUs.")
     torch.cuda.set_device(index)

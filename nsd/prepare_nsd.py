@@ -17,7 +17,6 @@ Each subject's folder is written atomically: a killed run continues with the nex
 import json
 import os
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from typing import NamedTuple
 import h5py
 import nibabel
 import numpy as np
+import pandas as pd
 import scipy.io
 from PIL import Image
 
@@ -45,13 +45,13 @@ OVERWRITE: bool = False  # prepare subjects again that are in CHALLENGE_DIR alre
 BUCKET = "s3://natural-scenes-dataset"
 EVERYBODY = tuple(f"subj{number:02d}" for number in range(1, 9))
 N_TEST_SESSIONS = 3  # held out by the challenge
-FINISHERS = (1, 2, 5, 7)  # subjects with all 40 sessions: they saw every shared picture three times
-CHALLENGE = {  # sessions, pictures and vertices of subj01 to subj08
-    "n_sessions": (40, 40, 32, 30, 40, 32, 40, 30),
-    "training": (9841, 9841, 9082, 8779, 9841, 9082, 9841, 8779),
-    "test": (159, 159, 293, 395, 159, 293, 159, 395),
-    "lh": (19004, 19004, 19004, 19004, 19004, 18978, 19004, 18981),
-    "rh": (20544, 20544, 20544, 20544, 20544, 20220, 20544, 20530),
+FINISHERS = ("subj01", "subj02", "subj05", "subj07")  # all 40 sessions: they saw every shared picture three times
+CHALLENGE = {  # of subj01 to subj08
+    "sessions": (40, 40, 32, 30, 40, 32, 40, 30),
+    "training pictures": (9841, 9841, 9082, 8779, 9841, 9082, 9841, 8779),
+    "test pictures": (159, 159, 293, 395, 159, 293, 159, 395),
+    "lh vertices": (19004, 19004, 19004, 19004, 19004, 18978, 19004, 18981),
+    "rh vertices": (20544, 20544, 20544, 20544, 20544, 20220, 20544, 20530),
 }
 MGH_HEADER = 284  # bytes before the values
 STIMULI = "nsddata_stimuli/stimuli/nsd/nsd_stimuli.hdf5"
@@ -66,7 +66,6 @@ NOTE = "prepare_nsd.json"  # in each subject's folder: settings and counts
 
 class Person(NamedTuple):
     name: str
-    number: int  # 1 to 8
     shown: np.ndarray  # (n_sessions, n_trials) nsd id of the picture, from 0
 
 
@@ -76,12 +75,12 @@ def choose_subjects(root, subjects, n_sessions):
     names = names or sorted(p.name for p in Path(root).glob("nsddata_betas/ppdata/subj0[1-8]")) or EVERYBODY
     if set(names) - set(EVERYBODY):
         raise UserError(f"SUBJECTS is {subjects}, expected some of subj01 to subj08.")
-    return {name: n_sessions[int(name[-2:]) - 1] for name in names}
+    return {name: n_sessions[EVERYBODY.index(name)] for name in names}
 
 
 def survey(root, n_sessions, n_trials, labels=True):
     """Check that all input files are there and whole, before the hours of work -> [Person], nsd ids of the shared
-    pictures (n,). n_sessions: {name: number}; n_trials: in a session; labels: whether to check for ROIs and ncsnr."""
+    pictures (n,). n_sessions: {name: number}; n_trials: per session; labels: whether ROIs and ncsnr are needed."""
     root, betas, others = Path(root), [], [STIMULI, DESIGN, *map(MASK.format, HEMIS)]
     for name, n in n_sessions.items():
         betas += [BETAS.format(name, hemi, session) for session in range(1, n + 1) for hemi in HEMIS]
@@ -93,63 +92,48 @@ def survey(root, n_sessions, n_trials, labels=True):
     for path in betas:
         check_betas(root / path, n_trials)
     shown, shared = read_design(root / DESIGN)
-    people = []
-    for name, n in n_sessions.items():
-        number = int(name[-2:])
-        people.append(Person(name, number, shown[number - 1, : n * n_trials].reshape(n, n_trials)))
+    people = [Person(name, shown[name][: n * n_trials].reshape(n, n_trials)) for name, n in n_sessions.items()]
     return people, shared
 
 
 def require(root, paths):
     """Raise UserError with the bucket path of each file that is missing below root."""
-    missing = [path for path in paths if not (Path(root) / path).is_file()]
+    missing = [f"  {BUCKET}/{path}" for path in paths if not (Path(root) / path).is_file()]
     if missing:
-        raise UserError(
-            f"{len(missing)} files are missing in {root}. Download them to the same paths below it, or lower "
-            "N_SESSIONS to the sessions that are there:\n" + "\n".join(f"  {BUCKET}/{path}" for path in missing)
-        )
+        listed = "\n".join(missing)
+        raise UserError(f"{root} lacks {len(missing)} files; download them to the same paths below it:\n{listed}")
 
 
 def check_betas(path, n_trials):
-    """Raise UserError unless path has all of n_trials: otherwise all later trials get the wrong pictures."""
+    """Raise UserError unless path has exactly n_trials: otherwise all later trials get the wrong pictures."""
     header, n_bytes = np.fromfile(path, ">i4", 6).tolist(), path.stat().st_size
     if header != [1, N_FSAVERAGE, 1, 1, n_trials, 3] or n_bytes < MGH_HEADER + 4 * N_FSAVERAGE * n_trials:
-        raise UserError(f"{path} has not all of {n_trials} trials (TRIALS_PER_SESSION): download it again.")
+        raise UserError(f"{path} does not have {n_trials} trials (TRIALS_PER_SESSION): download it again.")
 
 
 def read_design(path):
-    """nsd_expdesign.mat -> nsd id of each planned trial (8, n_trials), of each shared picture (n,); both from 0."""
+    """nsd_expdesign.mat -> {name: nsd id of each planned trial (n_trials,)}, nsd ids of the shared pictures (n,); both
+    from 0."""
     content = scipy.io.loadmat(path)
     order, pictures, shared = (content[name].astype(np.int64) for name in ("masterordering", "subjectim", "sharedix"))
     if min(order.min(), pictures.min(), shared.min()) < 1:
-        raise UserError(f"{path}: numbers from 0, expected NSD's numbers from 1; download it again.")
-    return pictures[:, order.ravel() - 1] - 1, shared.ravel() - 1
+        raise UserError(f"{path} counts from 0, expected NSD's numbers from 1.")
+    return dict(zip(EVERYBODY, pictures[:, order.ravel() - 1] - 1)), shared.ravel() - 1
 
 
-def read_trials(path, n_trials, vertices, at_once=64):
-    """Betas of a session, percent signal change: (n_trials, len(vertices)) float32. Read in pieces, because a mapped
-    file would count as memory."""
-    out = np.empty((n_trials, len(vertices)), np.float32)
-    with open(path, "rb") as file:
-        file.seek(MGH_HEADER)
-        for start in range(0, n_trials, at_once):
-            n = min(at_once, n_trials - start)
-            out[start : start + n] = np.fromfile(file, ">f4", n * N_FSAVERAGE).reshape(n, -1)[:, vertices]
-    if np.isinf(out).any():
-        raise UserError(f"{path}: infinite values; download it again.")
-    return out
+def read_trials(path, n_trials, vertices):
+    """Betas of a session, percent signal change: (n_trials, len(vertices)) float32."""
+    betas = np.memmap(path, ">f4", "r", MGH_HEADER, (n_trials, N_FSAVERAGE))
+    return np.array(betas[:, vertices], np.float32)
 
 
-def zscore(betas, block=4096):
+def zscore(betas):
     """betas (n_trials, n_vertices) float32 of a session, z-scored in place over the trials: in float64, with the
     population deviation. NaN stays NaN; a constant vertex becomes 0, as with the organisers' StandardScaler."""
-    constant = (betas == betas[0]).all(0)
-    for start in range(0, betas.shape[1], block):  # limits the memory in float64
-        columns = slice(start, start + block)
-        y = betas[:, columns].astype(np.float64)
-        y -= y.mean(0)
-        y /= np.where(constant[columns], 1, np.sqrt(np.square(y).mean(0)))
-        betas[:, columns] = y
+    y = betas.astype(np.float64)
+    y -= y.mean(0)
+    y /= np.where((betas == betas[0]).all(0), 1, y.std(0))
+    betas[:] = y
 
 
 def read_surface(path):
@@ -189,21 +173,21 @@ def split_trials(person, shared):
     n_trials): training pictures first, then test pictures; -1: none. shared: nsd ids of the shared pictures."""
     training, late = np.unique(person.shown[:-N_TEST_SESSIONS]), person.shown[-N_TEST_SESSIONS:]
     held_out, n_showings = np.unique(late, return_counts=True)
-    allowed = ~np.isin(held_out, shared) | ((n_showings == 3) & (person.number in FINISHERS))
+    allowed = ~np.isin(held_out, shared) | ((n_showings == 3) & (person.name in FINISHERS))
     test = held_out[allowed & ~np.isin(held_out, training)]
     rows = np.searchsorted(training, person.shown)
     rows[-N_TEST_SESSIONS:] = np.where(np.isin(late, test), len(training) + np.searchsorted(test, late), -1)
     return training, test, rows
 
 
-def average_betas(root, person, hemi, vertices, rows, bar):
+def average_betas(root, name, hemi, vertices, rows, bar):
     """Mean z-scored activity of each row, and which vertices are NaN in any trial: (n_rows, n_vertices) float32,
     (n_vertices,) bool."""
     n_showings = np.bincount(rows[rows >= 0])
     means = np.zeros((len(n_showings), len(vertices)), np.float32)
     missing = np.zeros(len(vertices), bool)
     for session, session_rows in enumerate(rows, start=1):
-        betas = read_trials(Path(root) / BETAS.format(person.name, hemi, session), len(session_rows), vertices)
+        betas = read_trials(Path(root) / BETAS.format(name, hemi, session), len(session_rows), vertices)
         missing |= np.isnan(betas).any(0)
         zscore(betas)
         for row, trial in zip(session_rows, betas):
@@ -215,21 +199,21 @@ def average_betas(root, person, hemi, vertices, rows, bar):
 
 
 def write_subject(root, person, shared, mask, folder):
-    """Write one subject's challenge folder -> {"training", "test", "lh", "rh"}: numbers of pictures and vertices."""
+    """Write one subject's challenge folder -> its row of CHALLENGE."""
     training, test, rows = split_trials(person, shared)
     n_showings = np.bincount(rows[rows >= 0])[len(training) :]  # of the test pictures
     labels = {group: read_labels(root, person.name, group) for group in ROI_GROUPS}
-    counts = {"training": len(training), "test": len(test)}
+    counts = {"sessions": len(rows), "training pictures": len(training), "test pictures": len(test)}
     write_pictures(Path(root) / STIMULI, training, folder / "training_split/training_images", "train")
     write_pictures(Path(root) / STIMULI, test, folder / "test_split/test_images", "test")
     for name in ("training_split/training_fmri", "test_split/test_fmri", "test_split/noise_ceiling", "roi_masks"):
         (folder / name).mkdir()
     with progress(total=len(HEMIS) * len(rows), desc=f"{person.name}: betas", unit="session") as bar:
         for hemi in HEMIS:
-            means, missing = average_betas(root, person, hemi, mask[hemi], rows, bar)
+            means, missing = average_betas(root, person.name, hemi, mask[hemi], rows, bar)
             vertices = mask[hemi][~missing]
-            counts[hemi] = len(vertices)
-            activity = np.compress(~missing, means, axis=1)
+            counts[f"{hemi} vertices"] = len(vertices)
+            activity = means[:, ~missing]
             np.save(folder / f"training_split/training_fmri/{hemi}_training_fmri.npy", activity[: len(training)])
             if len(test):
                 np.save(folder / f"test_split/test_fmri/{hemi}_test_fmri.npy", activity[len(training) :])
@@ -266,17 +250,9 @@ def read_note(folder, settings):
     """The note of a finished subject; UserError if other settings made it."""
     note = json.loads((folder / NOTE).read_text()) if (folder / NOTE).is_file() else {}
     if settings.items() - note.items():
-        raise UserError(f"{folder} was made with {note}, now {settings}; set OVERWRITE or choose another CHALLENGE_DIR")
+        raise UserError(f"{folder} was made with {note}, not {settings}: choose another CHALLENGE_DIR, or --overwrite.")
     print(f"{folder} is finished already")
     return note
-
-
-def report(notes):
-    """Print numbers of sessions, pictures and vertices, the challenge's in brackets. notes: {name: note}."""
-    print("subject " + "".join(f"{key + ' (challenge)':>23}" for key in CHALLENGE))
-    for name, note in sorted(notes.items()):
-        pairs = [(note[key], counts[int(name[-2:]) - 1]) for key, counts in CHALLENGE.items()]
-        print(f"{name:8}" + "".join(f"{n:14} ({expected:6})" for n, expected in pairs))
 
 
 def main():
@@ -284,18 +260,16 @@ def main():
     settings = {"n_trials": TRIALS_PER_SESSION, "retrosplenial": bool(RSC_DIR)}
     todo = choose_subjects(NSD_DIR, SUBJECTS, N_SESSIONS)
     for name in [name for name in todo if (output / name).exists() and not OVERWRITE]:
-        notes[name] = read_note(output / name, settings | {"n_sessions": todo.pop(name)})
+        notes[name] = read_note(output / name, settings | {"sessions": todo.pop(name)})
     people, shared = survey(NSD_DIR, todo, TRIALS_PER_SESSION) if todo else ([], [])
     mask = read_mask(NSD_DIR, RSC_DIR) if todo else {}
     with lock(output):
-        for killed in output.glob(".part-????????"):  # what a killed run was writing
-            shutil.rmtree(killed)
         for person in people:
             with output_folder(output / person.name, overwrite=OVERWRITE, marker=NOTE) as folder:
-                counts = write_subject(NSD_DIR, person, shared, mask, folder)
-                notes[person.name] = settings | {"n_sessions": len(person.shown)} | counts
+                notes[person.name] = settings | write_subject(NSD_DIR, person, shared, mask, folder)
                 (folder / NOTE).write_text(json.dumps(notes[person.name]))
-    report(notes)
+    written = pd.DataFrame(notes).T[list(CHALLENGE)]
+    print(written.join(pd.DataFrame(CHALLENGE, EVERYBODY), rsuffix=" (challenge)").sort_index().T.to_string())
 
 
 if __name__ == "__main__":

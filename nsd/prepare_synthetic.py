@@ -44,10 +44,10 @@ NOTE = "prepare_synthetic.json"
 def average_trials(betas, picture):
     """betas (n_trials, n_vertices), picture (n_trials,) from 0 -> mean z-scored activity (n_pictures, n_vertices)
     float32, noise ceiling (n_vertices,); both 0 where a vertex is constant or NaN."""
-    y = betas.astype(np.float64)
-    present = ~np.isnan(y)
+    present = ~np.isnan(betas)
     n = np.maximum(present.sum(0), 1)
-    y = np.where(present, y - np.where(present, y, 0).sum(0) / n, 0)
+    y = np.where(present, betas, 0).astype(np.float64)
+    y = np.where(present, y - y.sum(0) / n, 0)
     deviation = np.sqrt(np.square(y).sum(0) / n)
     y /= np.where(deviation > 0, deviation, 1)
     shows = (picture == np.arange(picture.max() + 1)[:, None]).astype(np.float64)  # (n_pictures, n_trials)
@@ -56,58 +56,48 @@ def average_trials(betas, picture):
     within = (np.square(y - mean[picture]) * present).sum(0)
     noise = within / np.maximum(np.maximum(n_showings - 1, 0).sum(0), 1)
     signal = np.maximum(np.square(y).sum(0) / np.maximum(n - 1, 1) - noise, 0)
-    m = np.mean(1 / shows.sum(1))
-    ceiling = signal / np.where(signal > 0, signal + m * noise, 1)
+    ceiling = signal / np.where(signal > 0, signal + noise * np.mean(1 / shows.sum(1)), 1)
     return mean.astype(np.float32), ceiling
 
 
 def write_pictures(root, name, folder):
-    """The subject's 284 pictures as PNG, their number."""
+    """The subject's pictures as PNG."""
     folder.mkdir(parents=True)
-    first_own = N_NSD_PICTURES + 64 * (int(name[-2:]) - 1)  # own pictures: ids of nobody else
+    first_own = N_NSD_PICTURES + 64 * prepare_nsd.EVERYBODY.index(name)  # own pictures: ids of nobody else
     row = 0
-    for path, first in ((STIMULI, N_NSD_PICTURES), (COLOR_STIMULI.format(name), first_own)):
+    for path, first_id in ((STIMULI, N_NSD_PICTURES), (COLOR_STIMULI.format(name), first_own)):
         with h5py.File(root / path, locking=False) as file:
             for picture in progress(file["imgBrick"], desc=f"{name}: pictures", unit="picture"):
                 top, left = (picture.shape[0] - SIDE) // 2, (picture.shape[1] - SIDE) // 2
                 crop = np.ascontiguousarray(picture[top : top + SIDE, left : left + SIDE])
-                Image.fromarray(crop).save(folder / f"test-{row + 1:04d}_nsd-{first + row:05d}.png")
+                Image.fromarray(crop).save(folder / f"test-{row + 1:04d}_nsd-{first_id + row:05d}.png")
                 row += 1
-    return row
-
-
-def write_subject(root, name, picture, masks, folder):
-    """One subject's folder. picture (n_trials,): which one each trial shows, from 0; masks: roi_masks to copy."""
-    shutil.copytree(masks, folder / "roi_masks")
-    n_pictures = write_pictures(root, name, folder / "test_split/test_images")
-    if n_pictures != picture.max() + 1:
-        raise UserError(f"{name} has {n_pictures} pictures, but {DESIGN} shows {picture.max() + 1}.")
-    for part in ("test_fmri", "noise_ceiling"):
-        (folder / "test_split" / part).mkdir()
-    for hemi in HEMIS:
-        vertices = np.flatnonzero(np.load(masks / f"{hemi}.all-vertices_fsaverage_space.npy"))
-        betas = prepare_nsd.read_trials(root / BETAS.format(name, hemi), len(picture), vertices)
-        activity, ceiling = average_trials(betas, picture)
-        np.save(folder / f"test_split/test_fmri/{hemi}_test_fmri.npy", activity)
-        np.save(folder / f"test_split/noise_ceiling/{hemi}_noise_ceiling.npy", ceiling)
-        print(f"{name} {hemi}: {len(vertices)} vertices, median noise ceiling {np.median(ceiling):.3f}")
-    (folder / NOTE).write_text(json.dumps({"n_trials": len(picture), "n_pictures": n_pictures}))
 
 
 def main():
-    root, output = Path(NSD_DIR), Path(OUTPUT_DIR)
-    names = [subject.name for subject in prepare_data.read_folder(CHALLENGE_DIR, SUBJECTS)]
-    folders = {name: Path(CHALLENGE_DIR) / name for name in names}
-    betas = [BETAS.format(name, hemi) for name in folders for hemi in HEMIS]
-    prepare_nsd.require(root, [DESIGN, STIMULI, *map(COLOR_STIMULI.format, folders), *betas])
+    root, names = Path(NSD_DIR), [s.name for s in prepare_data.read_folder(CHALLENGE_DIR, SUBJECTS)]
+    betas = [BETAS.format(name, hemi) for name in names for hemi in HEMIS]
+    prepare_nsd.require(root, [DESIGN, STIMULI, *map(COLOR_STIMULI.format, names), *betas])
     for path in betas:
         prepare_nsd.check_betas(root / path, TRIALS_PER_SESSION)
     picture = scipy.io.loadmat(root / DESIGN)["masterordering"].ravel().astype(np.int64) - 1
     if picture.min() != 0 or len(picture) != TRIALS_PER_SESSION:
         raise UserError(f"{DESIGN} has {len(picture)} trials of pictures from {picture.min() + 1}, expected from 1.")
-    for name, folder in folders.items():
-        with output_folder(output / name, overwrite=OVERWRITE, marker=NOTE) as aside:
-            write_subject(root, name, picture, folder / "roi_masks", aside)
+    for name in names:
+        masks = Path(CHALLENGE_DIR) / name / "roi_masks"
+        with output_folder(Path(OUTPUT_DIR) / name, overwrite=OVERWRITE, marker=NOTE) as folder:
+            (folder / NOTE).write_text(json.dumps({"n_trials": len(picture)}))
+            shutil.copytree(masks, folder / "roi_masks")
+            write_pictures(root, name, folder / "test_split/test_images")
+            for part in ("test_fmri", "noise_ceiling"):
+                (folder / "test_split" / part).mkdir()
+            for hemi in HEMIS:
+                vertices = np.flatnonzero(np.load(masks / f"{hemi}.all-vertices_fsaverage_space.npy"))
+                trials = prepare_nsd.read_trials(root / BETAS.format(name, hemi), len(picture), vertices)
+                activity, ceiling = average_trials(trials, picture)
+                np.save(folder / f"test_split/test_fmri/{hemi}_test_fmri.npy", activity)
+                np.save(folder / f"test_split/noise_ceiling/{hemi}_noise_ceiling.npy", ceiling)
+                print(f"{name} {hemi}: {len(vertices)} vertices, median noise ceiling {np.median(ceiling):.3f}")
 
 
 if __name__ == "__main__":

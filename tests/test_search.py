@@ -20,7 +20,7 @@ import prepare_data
 import train_head
 from core import training
 from core.checkpoint import load_checkpoint
-from core.settings import constants, parse
+from core.settings import constants, override
 from core.space import Space
 from model import Crops, Trunk, UserError, trunk_outputs
 from tests.conftest import TINY, assert_equal, run_process, run_stage
@@ -95,9 +95,9 @@ def test_heads_together_end_as_each_alone(fitted, tmp_path):
 
 RANGES = dict(
     LEARNING_RATE_RANGE=(1e-3, 3e-2), WEIGHT_DECAY_RANGE=(0.01, 1.0), FEATURE_DROPOUT_RANGE=(0.0, 0.9),
-    LATENT_DIM_RANGE=(8, 32), PCA_DIM_RANGE=(4, 16), LAYERS_CHOICES="0,1; 0",
+    LATENT_DIM_RANGE=(8, 32), PCA_DIM_RANGE=(8, 16), LAYERS_CHOICES="0,1; 0",
 )  # fmt: skip
-SEARCH = TRAINING | RANGES | dict(STEPS=12, VALIDATE_EVERY=12)
+SEARCH = TRAINING | RANGES | dict(STEPS=12, VALIDATE_EVERY=6)
 
 
 def trials_of(folder):
@@ -105,45 +105,52 @@ def trials_of(folder):
     return optuna.load_study(storage=storage, study_name="search").get_trials()
 
 
-def assert_is_best(folder, trials, fitted, tmp_path):
-    """head.pt is the best complete trial's, as train_head.py trains it with the constants of that row."""
-    best = max((t for t in trials if t.state == TrialState.COMPLETE), key=lambda t: t.value)
-    made = load_checkpoint(folder / "head.pt")[2]
-    assert made["scores"]["val_r2"] == best.value and made["finished"]
+def count(trials, state):
+    return sum(trial.state == state for trial in trials)
+
+
+def assert_is_best(folder, fitted, tmp_path):
+    """head.pt is the best scored trial's, as train_head.py trains it with the constants of that row."""
+    best = max((t for t in trials_of(folder) if t.state == TrialState.COMPLETE), key=lambda t: t.value)
+    info = load_checkpoint(folder / "head.pt")[2]
+    assert info["scores"]["val_r2"] == best.value and info["finished"]
     values = best.params | dict(MIN_LEARNING_RATE=best.params["LEARNING_RATE"] / 20, WARMUP_STEPS=0)
-    values |= TRAINING | dict(STEPS=12, VALIDATE_EVERY=12, DATA_DIR=fitted, RUN_DIR=tmp_path / "single")
+    values |= TRAINING | dict(STEPS=12, VALIDATE_EVERY=6, DATA_DIR=fitted, RUN_DIR=tmp_path / "single")
     run_stage(train_head, **values)
     assert_same_head(tmp_path / "single/head.pt", folder / "head.pt")
+    assert load_checkpoint(tmp_path / "single/head.pt")[2]["step"] == info["step"]
     return best
 
 
 def test_search(fitted, tmp_path, capsys, monkeypatch):
-    """Finds a trial better than the first; a diverged one fails; the study continues, and is not mixed with others."""
-    is_finite = training.Learner.is_finite
-    diverged = "trial-0003.pt"
+    """Finds a trial better than the first; a diverged one counts; the study continues and is not mixed with others."""
+    is_finite, diverged = training.Learner.is_finite, "trial-0003.pt"
     monkeypatch.setattr(training.Learner, "is_finite", lambda self: self.output.name != diverged and is_finite(self))
+    written, save = [], training.save_checkpoint
+    monkeypatch.setattr(training, "save_checkpoint", lambda path, *a, **k: written.append(path) or save(path, *a, **k))
     settings = SEARCH | dict(DATA_DIR=fitted, HEADS=2, LEARNING_RATE_RANGE=(5e-4, 3e-2))
     folder = tmp_path / "study"
     run_stage(search, **settings, RUN_DIR=folder, TRIALS=2)
     run_stage(search, **settings, RUN_DIR=folder, TRIALS=7)
+    assert set(written) == {folder / "head.pt"} and len(written) <= 4  # once a round at most
     trials = trials_of(folder)
-    assert trials[0].params == dict(LEARNING_RATE=6e-4, WEIGHT_DECAY=0.8, FEATURE_DROPOUT=0.9, PCA_DIM=16,
-                                    LATENT_DIM=trials[0].params["LATENT_DIM"], LAYERS=trials[0].params["LAYERS"])
-    states = [trial.state for trial in trials]
-    assert len(trials) == 7 and states[3] == TrialState.FAIL and states.count(TrialState.COMPLETE) == 6
-    best = assert_is_best(folder, trials, fitted, tmp_path)
+    assert set(trials[0].params) == {name.removesuffix("_RANGE").removesuffix("_CHOICES") for name in RANGES}
+    usual = dict(LEARNING_RATE=6e-4, WEIGHT_DECAY=0.8, FEATURE_DROPOUT=0.9, PCA_DIM=16)
+    assert usual.items() <= trials[0].params.items()
+    states = [trial.state.name for trial in trials]
+    assert states == ["PRUNED" if i == 3 else "COMPLETE" for i in range(7)]
+    best = assert_is_best(folder, fitted, tmp_path)
     assert best.number > 0
     table = pd.read_csv(folder / "search.csv")
-    assert table["trial"].tolist() == list(range(7)) and table["state"].tolist() == [s.name for s in states]
-    assert table["val_r2"].isna().tolist() == [s == TrialState.FAIL for s in states]
+    assert table["trial"].tolist() == list(range(7)) and table["state"].tolist() == states
     row = table.loc[table["val_r2"].idxmax()]
-    assert row["LEARNING_RATE"] == best.params["LEARNING_RATE"] and str(row["LAYERS"]) == best.params["LAYERS"]
-    assert {path.name for path in folder.iterdir()} == {"head.pt", "search.csv", "study.journal"}
+    assert row["trial"] == best.number and row["LEARNING_RATE"] == best.params["LEARNING_RATE"]
+    assert {path.name for path in folder.iterdir()} == {"head.pt", "search.csv", "search.png", "study.journal"}
     assert f"best: trial {best.number}" in capsys.readouterr().out
 
     run_stage(search, **settings, RUN_DIR=folder, TRIALS=7)  # finished: nothing is trained
     assert len(trials_of(folder)) == 7
-    with pytest.raises(UserError, match="STEPS 12, now 13"):
+    with pytest.raises(UserError, match="STEPS: 12 before, 13 now"):
         run_stage(search, **settings | dict(STEPS=13), RUN_DIR=folder, TRIALS=7)
     with pytest.raises(UserError, match="head.pt of another run"):
         run_stage(search, **settings, RUN_DIR=tmp_path / "single", TRIALS=7)
@@ -153,51 +160,58 @@ def test_search(fitted, tmp_path, capsys, monkeypatch):
 
 
 def test_processes_share_a_study_and_a_killed_round_does_not_count(fitted, tmp_path):
-    settings = SEARCH | dict(DATA_DIR=fitted, RUN_DIR=tmp_path / "study", HEADS=2, TRIALS=6)
+    folder = tmp_path / "study"
+    settings = SEARCH | dict(DATA_DIR=fitted, RUN_DIR=folder, HEADS=2, TRIALS=6)
     second_round = ("core.training", "train_step", 15)
     assert run_process("tools/search.py", dies_at=second_round, **settings)[0] == -signal.SIGKILL
-    assert [t.state for t in trials_of(tmp_path / "study")] == [TrialState.COMPLETE] * 2 + [TrialState.RUNNING] * 2
+    killed = trials_of(folder)
+    assert count(killed, TrialState.COMPLETE) == 2 and count(killed, TrialState.RUNNING) == 2
     with ThreadPoolExecutor(2) as pool:
         ends = list(pool.map(lambda _: run_process("tools/search.py", **settings), range(2)))
     assert [code for code, _ in ends] == [0, 0], ends
-    trials = trials_of(tmp_path / "study")
-    states = [t.state for t in trials]
-    assert states.count(TrialState.COMPLETE) == 6 and states.count(TrialState.RUNNING) == 2
+    trials = trials_of(folder)
+    assert count(trials, TrialState.COMPLETE) == 6 and count(trials, TrialState.FAIL) == 2 and len(trials) == 8
+    assert [t.value for t in trials[:2]] == [t.value for t in killed[:2]]
     assert len({tuple(t.params.items()) for t in trials}) == 8
-    assert_is_best(tmp_path / "study", trials, fitted, tmp_path)
-    assert not list((tmp_path / "study").glob("round-*")) and not (tmp_path / "study/.lock").exists()
+    assert_is_best(folder, fitted, tmp_path)
+    assert {path.name for path in folder.iterdir()} == {"head.pt", "search.csv", "search.png", "study.journal"}
 
 
 def test_search_learns_from_its_trials(fitted, tmp_path, monkeypatch):
     """On a known objective most trials of the third round are near the optimum, unlike those of the random first."""
+    winners = []
 
-    def new_learner(trunk, settings, name, *_):
+    class Instant:
+        def __init__(self, stage, learners, *_, **__):
+            self.learners = learners
+
+        def run(self):
+            pass
+
+        def write_head(self, learner, path):
+            winners.append(learner.best)
+
+    def new_learner(trunk, settings, *_):
         rate, decay = np.log10(settings["LEARNING_RATE"]), np.log10(settings["WEIGHT_DECAY"])
-        output = tmp_path / name
-        output.write_text(name)
-        return SimpleNamespace(best=0.3 - (rate + 2) ** 2 - (decay + 1) ** 2 / 4, failed="", output=output)
+        return SimpleNamespace(best=0.3 - (rate + 2) ** 2 - (decay + 1) ** 2 / 4, failed="")
 
     monkeypatch.setattr(train_head, "new_learner", new_learner)
-    monkeypatch.setattr(training, "Run", lambda *_, **__: SimpleNamespace(run=lambda: None))
+    monkeypatch.setattr(search, "Round", Instant)
     settings = SEARCH | dict(DATA_DIR=fitted, LATENT_DIM_RANGE=(16, 16), LEARNING_RATE_RANGE=(1e-4, 1e-1))
     run_stage(search, **settings, RUN_DIR=tmp_path / "study", TRIALS=24, HEADS=8)
     values = [trial.value for trial in trials_of(tmp_path / "study")]
     assert np.median(values[16:]) > np.median(values[:8]) + 0.4
-    best = int(np.argmax(values))
-    assert (tmp_path / "study/head.pt").read_text() == f"trial-{best:04d}.pt"
-    assert (tmp_path / "study/search_importance.png").exists()
+    assert winners[-1] == max(values) and winners == sorted(winners)
 
 
 def test_winner_is_trained_in_full(tmp_path):
-    """With the report's shares: warm-up of a twentieth of the steps, down to a twentieth of the learning rate."""
-    found = dict(LEARNING_RATE=0.004, WEIGHT_DECAY=0.3, LATENT_DIM=96, LAYERS="1,2")
-    words = shlex.split(search.winner_command(found, tmp_path / "a b"))
-    options = {name.removeprefix("--").upper(): text for name, text in zip(words[2::2], words[3::2])}
-    kinds = train_head.__annotations__
-    wanted = found | dict(STEPS=5000, WARMUP_STEPS=250, MIN_LEARNING_RATE=0.0002, RUN_DIR=f"{tmp_path}/a b_full")
-    for name, value in wanted.items():  # defaults of train_head.py are left out
-        parsed = parse(name, options[name], kinds[name]) if name in options else getattr(train_head, name)
-        assert parsed == pytest.approx(value) if isinstance(value, float) else parsed == value, name
+    """With train_head.py's schedule, and its share of MIN_LEARNING_RATE."""
+    params = dict(LEARNING_RATE=0.004, WEIGHT_DECAY=0.3, LATENT_DIM=96, LAYERS="1,2")
+    namespace = dict(vars(train_head))
+    override(namespace, shlex.split(search.winner_command(params, tmp_path / "a b"))[2:])
+    expected = params | dict(MIN_LEARNING_RATE=0.0002, RUN_DIR=f"{tmp_path}/a b_full")
+    for name, value in (constants(vars(train_head)) | expected).items():
+        assert namespace[name] == pytest.approx(value) if isinstance(value, float) else namespace[name] == value, name
 
 
 # ---- the comparison of trunks --------------------------------------------------------------------
@@ -288,7 +302,6 @@ def test_trunks_csv(compared):
         assert line.val_r2_early == pytest.approx(np.mean([row["val_r2_early"] for row in found]))
         assert np.isnan(line.deviation) or line.deviation == pytest.approx(np.std(values, ddof=1))
         assert line.low <= line.difference <= line.high
-    assert (compared / "trunks.png").exists()
 
 
 def test_finished_trunks_are_kept(compared, fitted, capsys):
@@ -301,7 +314,7 @@ def test_finished_trunks_are_kept(compared, fitted, capsys):
     assert "too short to compare" in capsys.readouterr().out
     made = [load_checkpoint(compared / TINY / f"seed-{i}.pt")[2]["made_with"] for i in range(2)]
     assert {name for name in made[0] if made[0][name] != made[1][name]} == {"SEED"}
-    with pytest.raises(UserError, match="STEPS 30, now 7"):
+    with pytest.raises(UserError, match="STEPS: 30 before, 7 now"):
         run_stage(compare_trunks, **settings | dict(STEPS=7), TRUNKS=(TINY,))
     with pytest.raises(UserError, match=r"(?s)blocks 0 to 11.*vit_nothing"):
         settings |= dict(LAYERS="12", RUN_DIR=compared / "new")

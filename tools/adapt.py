@@ -221,10 +221,7 @@ def show_curve(curve, title):
         [line] = axes.plot(rows.index, rows["mean"], label=label, marker="o", markersize=4)
         axes.fill_between(rows.index, rows["min"], rows["max"], color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xscale("symlog", linthresh=10, linscale=0.5)
-    last = curve.n_pictures.max()
-    axes.set_xticks([n for n in curve.n_pictures.unique() if n < 0.7 * last or n == last])  # labels do not overlap
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.minorticks_off()
     figure.legend(frameon=False, loc="outside lower center", ncols=3)
     return figure
 
@@ -244,9 +241,9 @@ def choose_person(data, space, path):
     name = SUBJECT or ", ".join(data.space.subjects)
     if name not in data.space.subjects:
         raise UserError(f"SUBJECT is {SUBJECT!r}, expected one of {', '.join(data.space.subjects)} in {DATA_DIR}.")
+    s = data.space.subjects.index(name)
     if name in space.subjects:
         raise UserError(f"{path} already has {name}: prepare the new person under another name.")
-    s = data.space.subjects.index(name)
     if not len(data.samples("train", s)) or not len(data.samples("val", s)):
         raise UserError(f"{name} has no training or no validation pictures in {DATA_DIR}.")
     if data.space.unit != space.unit or not (data.space.present(s) & (space.find(data.space) >= 0)).any():
@@ -272,8 +269,8 @@ def adapt(person, space, info, folder):
         scores["held_out"] = score(person, scored, person.predict_adapted(train, scored))
         in_checkpoint[f"heldout_r2_{person.name}"] = scores["held_out"]["median_r2"]
         print(f"held-out pictures: {describe(scores['held_out'])}")
-    if len(scored) < FEW_PICTURES:
-        every = np.flatnonzero(person.fresh)
+    every = np.flatnonzero(person.fresh)
+    if len(scored) < FEW_PICTURES and len(every) > 1:
         scores["cross_validated"] = score(person, every, cross_validate(person, every))
         print(f"{N_FOLDS}-fold cross-validation over all pictures: {describe(scores['cross_validated'])}")
     (folder / "scores.json").write_text(json.dumps(scores, indent=1))

@@ -1,7 +1,7 @@
 """The report's Table 4: the head on different trunks, trained on a short schedule, beside ridge regression.
 
-Reads DATA_DIR (prepared data, PCA). Writes to RUN_DIR trunks.csv, one row per trunk and method, trunks.png, and per
-trunk a folder with its best checkpoints and scores.json. Trunks that are there already are not trained again.
+Reads DATA_DIR (prepared data, PCA). Writes to RUN_DIR trunks.csv, one row per trunk and method, and per trunk a folder
+with its best checkpoints and scores.json. Trunks that are there already are not trained again.
 
 SEEDS heads per trunk train together on the same batches and crops; they differ in initialisation and dropout. "ridge"
 is one ridge regression per subject on the pooled tokens of the same layers, fitted to whole training pictures, penalty
@@ -11,7 +11,6 @@ by leave-one-out. Scores are of the validation split, which chose the heads' che
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -26,6 +25,7 @@ from core.scores import median, r2_score
 from core.settings import choose_device, choose_precision, constants, run
 from model import Trunk, UserError, parse_layers, trunk_outputs
 from tools import ridge
+from tools.evaluate import draw_pictures, interval, resampled_scores
 
 TABLE_4 = {  # median R² (report)
     "vit_base_patch16_224.mae": 0.1832,
@@ -93,9 +93,6 @@ def run_trunk(name, folder, data, pca, device, precision):
     return score_methods([learner.encoder for learner in learners], data, precision)
 
 
-# ---- scores --------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def score_methods(encoders, data, precision):
     """-> rows {method, seed, val_r2, val_r2_STREAM …, resampled: [val_r2 on resampled pictures]}.
@@ -109,8 +106,7 @@ def score_methods(encoders, data, precision):
     if RIDGE:
         pool = [lambda features: ridge.pool_tokens(trunk, features).cpu()]
         [pooled] = trunk_outputs(trunk, data.images[: data.n_training_images], pool, **options)
-    share = np.full(len(pictures), 1 / len(pictures))
-    counts = torch.from_numpy(np.random.default_rng(SEED).multinomial(len(pictures), share, RESAMPLES)).float()
+    counts, no_ceiling = draw_pictures(len(pictures), RESAMPLES, SEED), np.array([np.nan])
 
     def read(rows, mask):
         return torch.from_numpy(data.read_activity(rows)[:, mask]).to(device, torch.float32)
@@ -124,9 +120,9 @@ def score_methods(encoders, data, precision):
             train = data.samples("train", s)
             fitted = ridge.fit(pooled[data.image[train]].to(device), read(train, mask))
             predictions.append(ridge.predict(fitted, pooled[data.image[rows]].to(device)))
-        weights = counts[:, place].to(device)
         r2.append([r2_score(activity, prediction).numpy() for prediction in predictions])
-        resampled.append([resampled_r2(activity, prediction, weights) for prediction in predictions])
+        pairs = [(activity.cpu(), prediction.cpu()) for prediction in predictions]
+        resampled.append([resampled_scores(*pair, counts[:, place], no_ceiling)["r2"] for pair in pairs])
         regions = data.space.regions(s).items()
         streams.append({roi: inside[mask] for (group, roi), inside in regions if group == "streams" and roi != "all"})
     table = []
@@ -140,18 +136,6 @@ def score_methods(encoders, data, precision):
     return table
 
 
-def resampled_r2(y, prediction, weights):
-    """R² with weighted samples: y, prediction (n_samples, n_vertices), weights (n_resamples, n_samples)
-    -> (n_resamples, n_vertices); NaN where a resample leaves no variance."""
-    residual = weights @ (y - prediction).square()
-    y = y - y.mean(0)  # keeps the difference below exact
-    total = weights @ y.square() - (weights @ y).square() / weights.sum(1, keepdim=True)
-    return torch.where(total > 1e-6, 1 - residual / total, torch.nan).cpu().numpy()
-
-
-# ---- table and figure ----------------------------------------------------------------------------
-
-
 def summarise(results, with_report=False):
     """results {trunk: see score_methods()} -> DataFrame, best first: trunk, method, n_seeds, val_r2 and val_r2_STREAM
     (means over seeds), deviation (over seeds), report (Table 4), difference to the best row, low and high (its 95 %
@@ -162,30 +146,11 @@ def summarise(results, with_report=False):
     table = table.join(groups[[name for name in rows if name.startswith("val_r2_")]].mean())
     table = table.sort_values("val_r2", ascending=False)
     resampled = groups["resampled"].apply(lambda lists: np.mean(list(lists), axis=0))[table.index]
-    spread = np.stack(resampled) - resampled.iloc[0]
-    report = [TABLE_4.get(trunk) if with_report and method == "head" else None for trunk, method in table.index]
     difference = table["val_r2"] - table["val_r2"].iloc[0]
-    # moved so that their median is the difference: resamples repeat pictures, which by itself lowers R²
-    low, high = np.quantile(spread, (0.025, 0.975), axis=1) - np.median(spread, axis=1) + difference.to_numpy()
+    intervals = [interval(d, values - resampled.iloc[0]) for d, values in zip(difference, resampled)]
+    report = [TABLE_4.get(trunk) if with_report and method == "head" else None for trunk, method in table.index]
+    low, high = np.transpose(intervals)
     return table.assign(report=report, difference=difference, low=low, high=high).reset_index()
-
-
-def write_table(table, folder):
-    """trunks.csv and trunks.png."""
-    with atomic_write(folder / "trunks.csv") as file:
-        table.to_csv(file, index=False)
-    plt.switch_backend("Agg")
-    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.3 * len(table)), layout="constrained")
-    for method, part in table.groupby("method"):
-        axes.errorbar(part["val_r2"], part.index, xerr=part["deviation"], fmt="o", label=method)
-    if table["report"].notna().any():
-        axes.plot(table["report"].astype(float), table.index, "k|", markersize=14, label="report, Table 4")
-    axes.set_yticks(table.index, table["trunk"] + ", " + table["method"], fontsize=7)
-    axes.set(xlabel="validation median R² (bars: standard deviation over seeds)", ylim=(len(table) - 0.5, -0.5))
-    figure.legend(fontsize=7, loc="outside lower right", ncols=3)
-    with atomic_write(folder / "trunks.png") as file:
-        figure.savefig(file, dpi=150, format="png")
-    plt.close(figure)
 
 
 def print_table(table, data):
@@ -196,9 +161,6 @@ def print_table(table, data):
     print("low, high: 95 % interval of the difference to the best over pictures; it does not cover seeds.")
     if STEPS < 500 or STEPS * BATCH_SIZE < 5 * len(train) or table["val_r2"].max() <= 0:
         print("This schedule is too short to compare trunks (report: 1250 steps of 512, 10 epochs).")
-
-
-# ---- all trunks ----------------------------------------------------------------------------------
 
 
 def has_report_settings(data, pca):
@@ -253,9 +215,10 @@ def main():
             (folder / name / "heads.state.pt").unlink()  # large, no longer needed
         if results:
             table = summarise(results, with_report)
-            write_table(table, folder)
+            with atomic_write(folder / "trunks.csv") as file:
+                table.to_csv(file, index=False)
             print_table(table, data)
-            print(f"wrote {folder / 'trunks.csv'}, {folder / 'trunks.png'}")
+            print(f"wrote {folder / 'trunks.csv'}")
     if failures:
         raise UserError("\n".join(["not in the table:", *failures]))
 

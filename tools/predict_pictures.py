@@ -9,6 +9,7 @@ OUTPUT_DIR gets
     subj01/000_photo.png, 000_photo_{lh,rh}.func.gii   for up to MAPS pictures: flat map; activity on fsaverage
 """
 
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
@@ -45,8 +46,9 @@ def choose_subjects(names, predictor):
 
 
 def predict_batches(predictor, paths, failures):
-    """Yields [Picture] and their latents, batch by batch. Meanwhile threads decode files and run the trunk on the next
-    batch. failures: gets what is wrong with files that cannot be read."""
+    """Yields [Picture] and their latents, batch by batch; files that cannot be read are added to failures. Meanwhile
+    threads decode files and run the trunk on the next batch."""
+    n_failed = len(failures)
     with ThreadPoolExecutor(1) as thread, progress(total=len(paths), desc="predicting", unit="picture") as bar:
         batches = read_batches(paths, predictor.batch_size, failures)
 
@@ -58,7 +60,7 @@ def predict_batches(predictor, paths, failures):
         while batch := coming.result():
             coming = thread.submit(next_batch)
             yield batch
-    if len(failures) == len(paths):
+    if len(failures) - n_failed == len(paths):
         raise UserError("none of the pictures could be read:\n" + "\n".join(failures[:20]))
 
 
@@ -95,8 +97,8 @@ def save_gifti(stem, space, maps):
         image.to_filename(f"{stem}_{hemi}.func.gii")
 
 
-def save_map(path, flat, values, limits, label, outlines, image=None):
-    """A flat map of values (n_vertices,), NaN where missing, titled as its file; the picture beside it if there is one."""
+def save_map(path, flat, values, limits, label, outlines, title, image=None):
+    """A flat map of values (n_vertices,), NaN where missing, and the picture beside it if there is one."""
     widths = [3.0] * (image is not None) + [3 * flat.size[0] / flat.size[1]]  # inches
     figure = plt.figure(figsize=(sum(widths) + 1.2, 3.7), layout="constrained")
     axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
@@ -105,7 +107,7 @@ def save_map(path, flat, values, limits, label, outlines, image=None):
         axes[0].set_axis_off()
     mesh = flat.draw(axes[-1], values, limits, "RdBu_r", outlines, named=True)
     describe_maps(figure, [mesh], [axes[-1]], label, outlines)
-    figure.suptitle(f"{path.parent.name}, {path.stem}", fontsize=10)
+    figure.suptitle(textwrap.shorten(title, 70), fontsize=10, parse_math=False)
     save_figure(figure, path)
 
 
@@ -137,7 +139,8 @@ class Output:
         flat, label = FlatMap(self.predictor.space, FSAVERAGE_DIR), "predicted activity (z)"
         limits, outlines = fit_limits([activity]), flat.outlines(OUTLINES, self.subject)
         for name, image, values in zip(names, images, activity):
-            save_map(self.folder / f"{name}.png", flat, values, limits, label, outlines, image)
+            path, title = self.folder / f"{name}.png", f"{name}, {self.name}"
+            save_map(path, flat, values, limits, label, outlines, title, image)
             save_gifti(self.folder / name, self.predictor.space, {label: values})
 
     def close(self, n_pictures):

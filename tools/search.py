@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 
 import train_head
 from core import training
-from core.checkpoint import mark_finished
+from core.checkpoint import save_checkpoint
 from core.files import atomic_write, lock
 from core.settings import constants, run
 from model import Trunk, UserError
@@ -59,22 +59,15 @@ OVERWRITE: bool = False  # start a new study and delete the one in RUN_DIR
 NOT_COMPARED = {*training.FREE, "TRIALS", "HEADS"}  # may differ between the processes of one study
 
 
-# ---- what is searched ----------------------------------------------------------------------------
-
-
 def distributions(n_components):
     """{constant: Optuna distribution}. n_components: of the PCA."""
-
-    def integers(low, high):
-        step = 8 if low % 8 == high % 8 == 0 else 1  # GPUs multiply matrices of such sizes faster
-        return IntDistribution(low, high, step=step)
-
+    pca_dims = [min(end, n_components) for end in PCA_DIM_RANGE]
     return {
         "LEARNING_RATE": FloatDistribution(*LEARNING_RATE_RANGE, log=True),
         "WEIGHT_DECAY": FloatDistribution(*WEIGHT_DECAY_RANGE, log=True),
         "FEATURE_DROPOUT": FloatDistribution(*FEATURE_DROPOUT_RANGE),
-        "LATENT_DIM": integers(*LATENT_DIM_RANGE),
-        "PCA_DIM": integers(*(min(end, n_components) for end in PCA_DIM_RANGE)),
+        "LATENT_DIM": IntDistribution(*LATENT_DIM_RANGE, step=8),  # GPUs multiply matrices of such sizes faster
+        "PCA_DIM": IntDistribution(*pca_dims, step=8),
         "LAYERS": CategoricalDistribution([part.strip() for part in LAYERS_CHOICES.split(";")]),
     }
 
@@ -95,9 +88,6 @@ def trial_settings(params, run_dir):
     decay = train_head.MIN_LEARNING_RATE / train_head.LEARNING_RATE  # a twentieth in the report
     schedule = {"WARMUP_STEPS": STEPS // 20, "MIN_LEARNING_RATE": decay * settings["LEARNING_RATE"]}
     return settings | schedule | {"RUN_DIR": str(run_dir)}
-
-
-# ---- the study, which several processes share ----------------------------------------------------
 
 
 def study_lock(folder):
@@ -163,33 +153,38 @@ def new_round(study, folder, space):
 
 
 class Round(training.Run):
-    """Trains a round's heads and keeps their best weights in memory: a checkpoint each would hold the embedding."""
+    """Trains a round's heads and keeps their best weights in memory: as checkpoints, each would hold the embedding."""
 
-    def save_best(self, learner, scores):
-        learner.at_best = copy.deepcopy((learner.state()["weights"], learner.step, scores))
-
-    def save_state(self):
-        pass  # a killed round is not continued
-
-    def conclude(self):
-        pass  # no checkpoints to mark as finished
-
-    def write_head(self, learner, path):
-        """The learner's checkpoint at its best validation score."""
-        weights, learner.step, scores = learner.at_best
-        learner.encoder.load_state_dict(weights, strict=False)
-        learner.output = path
-        super().save_best(learner, scores)
-        mark_finished(path)
+    def validate(self, due, images):
+        due = [learner for learner in due if not learner.failed]
+        batch_size = self.settings.MICRO_BATCH or self.settings.BATCH_SIZE
+        encoders = [learner.encoder for learner in due]
+        results = training.validate(encoders, self.data, images, "val", batch_size, self.precision)
+        for learner, scores in zip(due, results):
+            learner.log.append(scores)
+            if not math.isfinite(scores["val_loss"]):
+                self.fail(learner)
+            elif scores["val_r2"] > learner.best:
+                learner.best = scores["val_r2"]
+                learner.at_best = copy.deepcopy((learner.state()["weights"], learner.step, scores))
 
 
-def record_round(study, folder, trials, training_round):
+def write_head(path, learner, data):
+    """The checkpoint of a learner at its best validation score."""
+    weights, step, scores = learner.at_best
+    learner.encoder.load_state_dict(weights, strict=False)
+    save_checkpoint(
+        path, learner.encoder, space=data.space, made_with=learner.made_with | {"source": learner.source},
+        scores=scores, step=step, finished=True, train_nsd_ids=data.nsd_ids[data.image[data.samples("train")]],
+    )  # fmt: skip
+
+
+def record_round(study, folder, trials, learners, data):
     """Record the scores of a round. head.pt is replaced first, so that it is never worse than a recorded trial."""
-    learners = training_round.learners
-    scores = [-math.inf if l.failed or math.isnan(l.best) else l.best for l in learners]
+    scores = [-math.inf if learner.failed else learner.best for learner in learners]
     with study_lock(folder):
         if max(scores) > max((trial.value for trial in scored_trials(study)), default=-math.inf):
-            training_round.write_head(learners[np.argmax(scores)], folder / "head.pt")
+            write_head(folder / "head.pt", learners[np.argmax(scores)], data)
         for trial, score in zip(trials, scores):
             if score > -math.inf:
                 study.tell(trial, score)
@@ -200,9 +195,6 @@ def record_round(study, folder, trials, training_round):
 
 def scored_trials(study):
     return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-
-
-# ---- results -------------------------------------------------------------------------------------
 
 
 def write_results(study, folder):
@@ -249,9 +241,8 @@ def main():
                 train_head.new_learner(trunk, s, f"trial-{trial.number:04d}.pt", data, pca, device, precision)
                 for s, trial in zip(settings, trials)
             ]
-            training_round = Round("search", learners, data, pca, settings[0], tolerant=True)
-            training_round.run()
-            record_round(study, folder, trials, training_round)
+            Round("search", learners, data, pca, settings[0], tolerant=True).run()
+            record_round(study, folder, trials, learners, data)
         best = max((trial.value for trial in scored_trials(study)), default=math.nan)
         print(f"finished trials {trials[0].number} to {trials[-1].number}, best so far {best:.4f}")
     with study_lock(folder):

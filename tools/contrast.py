@@ -1,0 +1,99 @@
+"""A localiser without a scanner: predicted activity of pictures A minus pictures B.
+
+    python -m tools.contrast --images_a faces/ --images_b places/
+
+OUTPUT_DIR gets per subject difference, t, mean_a and mean_b, as _{lh,rh}.npy in the challenge's order and as
+_{lh,rh}.func.gii on fsaverage; fsaverage_{lh,rh}.npy (which vertices these are); maps difference.png and t.png; rois.csv
+with the same of every ROI's mean; pictures.csv. t is Welch's over pictures.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import false_discovery_control, ttest_ind
+
+from core.files import output_folder
+from core.settings import run
+from core.space import HEMIS
+from predict import choose_checkpoints, load_encoder
+from tools.flatmap import FlatMap, fit_limits
+from tools.pictures import find_pictures, list_pictures, report, shown
+from tools.predict_pictures import choose_subjects, predict_batches, region_weights, save_gifti, save_map, save_vertices
+
+IMAGES_A: str = ""  # files, folders and globs, separated by commas
+IMAGES_B: str = ""  # the same of the condition that is subtracted
+RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
+CHECKPOINT: str = ""  # files separated by commas, averaged; empty: finetuned.pt in RUN_DIR, else head.pt
+SUBJECT: str = "all"  # names separated by commas, group (subject-agnostic), or all
+OUTPUT_DIR: str = "contrast"  # output
+OUTLINES: str = "streams"  # ROI group outlined on maps; empty: none
+FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
+BATCH_SIZE: int = 64  # pictures at a time
+PRECISION: str = "auto"  # auto, bfloat16, float16 or float32
+DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
+OVERWRITE: bool = False  # replace a contrast that exists
+
+
+def compare(a, b):
+    """a (n_a, n), b (n_b, n) -> {name: (n,)}. t and p are NaN for fewer than two pictures on a side."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy warns of single and of equal pictures
+        t, p = ttest_ind(a, b, equal_var=False)
+    return {"difference": a.mean(0) - b.mean(0), "t": t, "mean_a": a.mean(0), "mean_b": b.mean(0), "p": p}
+
+
+def save_contrast(folder, flat, subject, activity, title):
+    """Arrays, GIFTI files and maps of one subject (an index; None: the group). activity: (n, n_vertices) of A and B."""
+    space = flat.space
+    folder.mkdir()
+    save_vertices(folder, space, subject)
+    maps = compare(*activity)
+    p = maps.pop("p")[space.present(subject)]
+    if np.isfinite(p).any():
+        n = (false_discovery_control(p[np.isfinite(p)]) <= 0.05).sum()
+        print(f"{folder.name}: {n} of {len(p)} vertices differ at a false discovery rate of 5 %")
+    for name, values in maps.items():
+        values = np.where(space.present(subject), values, np.nan).astype(np.float32)
+        for hemi in HEMIS:
+            np.save(folder / f"{name}_{hemi}.npy", values[space.columns(subject, hemi)])
+        save_gifti(folder / name, space, {name: values})
+        if name in ("difference", "t") and np.isfinite(values).any():
+            label = "t over pictures" if name == "t" else "difference of predicted activity (z)"
+            outlines = flat.outlines(OUTLINES, subject)
+            save_map(folder / f"{name}.png", flat, values, fit_limits([values]), label, outlines, title)
+
+
+def main():
+    sides = [find_pictures(images, OUTPUT_DIR) for images in (IMAGES_A, IMAGES_B)]
+    predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
+    subjects, failures = choose_subjects(SUBJECT, predictor), []
+    pictures, latents, tables = [], [], []
+    for name, paths in zip("AB", sides):
+        parts = []
+        for batch, h in predict_batches(predictor, paths, failures):
+            pictures.append(list_pictures(batch).assign(condition=name))
+            parts.append(h)
+        latents.append([torch.cat(each) for each in zip(*parts)])
+    title = " − ".join(shown(Path(images).name) for images in (IMAGES_A, IMAGES_B))
+    with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
+        flat = FlatMap(predictor.space, FSAVERAGE_DIR)
+        for name, s in subjects.items():
+            activity = [predictor.decode(side, s).numpy() for side in latents]
+            table, weights = region_weights(predictor.space, s)
+            tables.append(table.assign(subject=name, **compare(*(y @ weights.T for y in activity))))
+            save_contrast(folder / name, flat, s, activity, f"{name}: {title}")
+        pd.concat(tables).to_csv(folder / "rois.csv", index=False)
+        pictures = pd.concat(pictures)
+        pictures[["condition", "file", "width", "height"]].to_csv(folder / "pictures.csv", index=False)
+    print(f"wrote {OUTPUT_DIR}: {title}, {' and '.join(str(len(side[0])) for side in latents)} pictures")
+    print(
+        "t says how consistently pictures differ for the model; it needs two on either side and has no scanner noise."
+    )
+    report(pictures, failures)
+
+
+if __name__ == "__main__":
+    run(main, globals())
