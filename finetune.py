@@ -49,9 +49,7 @@ def main():
     if any(made["made_with"].get(name) != value for name, value in made_from.items()):
         raise UserError(f"{path} was trained on other data than {DATA_DIR}: run train_head.py on these.")
     if made["added"] or not made["finished"]:
-        raise UserError(
-            f"{path} has people added by adaptation, or its training has not ended: run train_head.py first."
-        )
+        raise UserError(f"{path} has not been trained to the end, or has people added by adaptation.")
     for name in encoder.trunk.attention_parameters():
         encoder.trunk.get_parameter(name).requires_grad_(True)
     made_from["head_fingerprint"] = made["fingerprint"]

@@ -47,7 +47,7 @@ class PCA:
 def fit(y, pca_dim, passes, seed):
     """Leading principal axes of centred rows y (n, n_vertices) -> (n_vertices, pca_dim), orthonormal columns.
 
-    Oversampled by a tenth: 10 % more work, as exact as one more pass.
+    Oversampled by a tenth, which is cheaper than one more pass.
     """
     with torch.random.fork_rng(devices=[y.device] if y.is_cuda else []):
         torch.manual_seed(seed)
@@ -88,9 +88,7 @@ def main():
     if path.exists() and not OVERWRITE:
         before = load_torch(path, FORMAT, "fit_pca.py")
         if (before["made_with"], before["data_fingerprint"]) != (made_with, data.fingerprint):
-            raise UserError(
-                f"{path} was fitted with {before['made_with']} or to other data; --overwrite true fits anew."
-            )
+            raise UserError(f"{path} was fitted to other data or with {before['made_with']}; see --overwrite true.")
         print(f"{path} is already fitted; --overwrite true fits it again")
         return
     if not 1 <= PCA_DIM <= min(len(rows), data.space.n_vertices):

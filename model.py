@@ -73,9 +73,7 @@ class Trunk(nn.Module):
             kept = [n for n in attention if re.fullmatch(r"(qkv|[qkv]_proj|proj)\.(weight|bias)|[qkv]_bias", n)]
             weights = {n.split(".")[0] for n in kept if n.endswith(".weight")}
             if weights not in ({"qkv", "proj"}, {"q_proj", "k_proj", "v_proj", "proj"}):
-                raise UserError(
-                    f"block {i} of trunk {self.settings['name']} has no self-attention that phase 2 can train."
-                )
+                raise UserError(f"{self.settings['name']}: block {i} has no self-attention that phase 2 can train.")
             names += [f"vit.blocks.{i}.attn.{name}" for name in kept]
         return names
 
@@ -106,10 +104,8 @@ def create_vit(name, image_size, pretrained, seed):
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if not pretrained or "img_size" in reason or isinstance(error, AssertionError):
             raise UserError(f"timm cannot build {name} as a ViT for pictures of {image_size} px ({reason}).")
-        raise UserError(
-            f"no pretrained weights for {name} ({reason}). Without a network, put the weights file at {local}; "
-            "--pretrained false uses random weights."
-        )
+        options = f"without a network, put them at {local}; --pretrained false uses random weights"
+        raise UserError(f"no pretrained weights for {name}: {options}. ({reason})")
     if not all(hasattr(vit, attribute) for attribute in ("blocks", "forward_intermediates", "num_prefix_tokens")):
         raise UserError(f"trunk {name} is not a ViT, expected one such as eva02_base_patch14_224.mim_in22k.")
     if image_size % vit.patch_embed.patch_size[0]:

@@ -115,9 +115,7 @@ def list_pictures(folder):
         else:
             ids.append(-1 - int(hashlib.blake2b(path.read_bytes(), digest_size=7).hexdigest(), 16))
     if numbers != sorted(numbers):
-        raise UserError(
-            f"{folder}: sorted by name, the pictures are not in the order of their numbers: pad with zeros."
-        )
+        raise UserError(f"{folder}: names sort in another order than their numbers: pad these with zeros.")
     if len(set(ids)) < len(ids):
         twice = paths[next(i for i, nsd_id in enumerate(ids) if nsd_id in ids[:i])]
         raise UserError(f"{twice} shows a picture that occurs more than once: average the activity of its repeats.")
@@ -166,10 +164,8 @@ def check_activity(path):
         raise UserError(f"{path} ({activity.dtype}) does not hold floats without NaN and infinite values.")
     mean, deviation = (np.median(np.abs(f(activity, 0, np.float32))) for f in (np.mean, np.std))
     if not 1 / 3 <= deviation <= 3 or mean > 3:
-        raise UserError(
-            f"{path} is not z-scored (median over vertices: |mean| {mean:.3g}, deviation {deviation:.3g}): z-score the "
-            "responses per session and average repeats."
-        )
+        facts = f"median over vertices: |mean| {mean:.3g}, deviation {deviation:.3g}"
+        raise UserError(f"{path} is not z-scored ({facts}): z-score the responses per session.")
 
 
 def build_space(subjects):

@@ -46,9 +46,8 @@ def override(namespace, arguments):
     """Set a script's constants from the command line. Raises UserError for unknown options and wrong types."""
     source = Path(namespace["__file__"]).read_text(encoding="utf-8")
     comments = dict(re.findall(r"^([A-Z_\d]+): .*?  # (.*)$", source, re.M))
-    parser = argparse.ArgumentParser(
-        description=namespace["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=namespace["__doc__"], formatter_class=layout, allow_abbrev=False)
     for name, kind in namespace["__annotations__"].items():
         value = namespace[name]
         default = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -30,8 +30,7 @@ from model import Crops, UserError, autocast, random_boxes, smallest_crop, trunk
 FORMAT = "training-3"
 # settings that may differ between a run and its continuation
 FREE = ("DATA_DIR", "RUN_DIR", "CHECKPOINT", "DEVICE", "PRECISION", "COMPILE", "OVERWRITE")
-STATE = ("made_with", "source", "step", "best", "saved", "log", "failed", "n_losses", "n_skipped", "loss_sum")
-MOST_SKIPPED = 100  # steps in a row that loss scaling may skip; it starts too high and needs some twenty
+STATE = ("made_with", "source", "step", "best", "saved", "log", "failed", "n_losses", "loss_sum")
 IMAGE_KEYS = ("images", "top", "left", "size")
 
 
@@ -144,7 +143,7 @@ class Learner:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         self.step, self.best, self.saved, self.log, self.failed = 0, -math.inf, False, [], ""
-        self.loss_sum, self.n_losses, self.n_skipped = 0.0, 0, 0
+        self.loss_sum, self.n_losses = 0.0, 0
 
     def active(self):
         return not self.failed and self.step < self.settings.STEPS
@@ -174,13 +173,13 @@ class Learner:
         if self.scaler.is_enabled() and self.scaler.get_scale() < scale:
             for buffer, before in zip(self.encoder.head.buffers(), buffers):
                 buffer.copy_(before)
-            self.n_skipped += 1
         else:
-            self.n_skipped = 0
             self.loss_sum, self.n_losses = self.loss_sum + self.loss, self.n_losses + 1
 
     def is_finite(self):
-        return math.isfinite(self.loss) if not self.n_skipped else self.n_skipped < MOST_SKIPPED
+        """Loss scaling starts too high: until the scale is small, a step that it skips is no failure."""
+        scale = self.scaler.get_scale()
+        return scale > 1e-6 and (math.isfinite(self.loss) or scale > 1)
 
     def state(self):
         """Everything that a continuation needs."""
@@ -194,10 +193,8 @@ class Learner:
         names = [name for name in now | before if before.get(name) != now.get(name)]
         if names:
             differing = "; ".join(f"{name}: {before.get(name)} before, {now.get(name)} now" for name in names)
-            raise UserError(
-                f"{self.output.parent} holds a run with other settings ({differing}): use another RUN_DIR, or "
-                "--overwrite true to start again."
-            )
+            where = f"{self.output.parent} holds a run with other settings ({differing})"
+            raise UserError(f"{where}: use another RUN_DIR, or --overwrite true to start again.")
         changed = sorted(set(self.state()["weights"]) ^ set(state["weights"]))
         if changed:
             raise UserError(f"the head in model.py has changed since this run began ({', '.join(changed)}).")
@@ -299,7 +296,8 @@ class Run:
                     print(f"{learner.output}: validation median R² {learner.best:.4f}")
 
     def train(self):
-        s, first, last = self.settings, self.learners[0].step, max(l.settings.STEPS for l in self.learners)
+        s, last = self.settings, max(learner.settings.STEPS for learner in self.learners)
+        first = max(learner.step for learner in self.learners)  # one that failed stays behind
         head, trunk = self.learners[0].encoder.head, self.learners[0].encoder.trunk
         if s.COMPILE:
             trunk.compile()
@@ -423,7 +421,7 @@ def check_settings(settings):
     s, world = SimpleNamespace(**settings), distributed.world_size()
     if s.BATCH_SIZE < 2 or s.MICRO_BATCH == 1 or s.BATCH_SIZE % (world * (s.MICRO_BATCH or 1)):
         raise UserError(
-            f"BATCH_SIZE {s.BATCH_SIZE} is not divisible by MICRO_BATCH {s.MICRO_BATCH} x {world} processes"
+            f"BATCH_SIZE {s.BATCH_SIZE} is not a multiple of {world} processes x MICRO_BATCH {s.MICRO_BATCH}"
         )
     if not 0 <= s.WARMUP_STEPS < s.STEPS or not 0 <= s.FEATURE_DROPOUT < 1 or not 0 < s.CROP_SCALE <= 1:
         raise UserError("WARMUP_STEPS must be below STEPS, FEATURE_DROPOUT in [0, 1), CROP_SCALE in (0, 1].")

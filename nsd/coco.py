@@ -8,6 +8,7 @@ from pycocotools import mask as coco_mask
 from scipy import ndimage
 
 SHOWN = 425  # px, side of NSD's pictures
+COLUMNS = ("area", "bbox", "category", "iscrowd", "segmentation", "supercategory", "target")  # of an object
 
 
 def read_annotations(folder, wanted):
@@ -30,11 +31,10 @@ def read_annotations(folder, wanted):
 
 def convert(picture, crop_box):
     """Annotations of the part of a picture that NSD showed. crop_box: (top, bottom, left, right), fractions cut away.
-    -> objects [{column: value}], captions [str]"""
+    -> objects {column: [value of each]}, captions [str]"""
     top, bottom, left, right = crop_box
-    size = np.array([picture["width"], picture["height"]])
-    corners = np.array([[left, top], [1 - right, 1 - bottom]]) * size
-    objects = []
+    corners = np.array([[left, top], [1 - right, 1 - bottom]]) * [picture["width"], picture["height"]]
+    objects = {name: [] for name in COLUMNS}
     for instance in picture["instances"]:
         x, y, w, h = instance["bbox"]
         (x1, y1), (x2, y2) = crop_points([x, y, x + w, y + h], corners).tolist()
@@ -47,11 +47,11 @@ def convert(picture, crop_box):
             polygons = [crop_points(polygon, corners).ravel().tolist() for polygon in outline]
             runs = coco_mask.frPyObjects(polygons, SHOWN, SHOWN)[0]  # NSD-Flat has the area of the first part alone
             segmentation = {"counts": None, "poly": polygons, "size": None}
-        area = int(coco_mask.area(runs))
-        if area:
-            names = ("category", "iscrowd", "supercategory")
-            objects.append({"area": area, "bbox": [x1, y1, x2 - x1, y2 - y1], "target": instance["category_id"]})
-            objects[-1] |= {"segmentation": segmentation, **{name: instance[name] for name in names}}
+        values = instance | {"area": int(coco_mask.area(runs)), "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        values |= {"segmentation": segmentation, "target": instance["category_id"]}
+        if values["area"]:
+            for name in COLUMNS:
+                objects[name].append(values[name])
     return objects, [annotation["caption"] for annotation in picture["captions"]]
 
 

@@ -204,8 +204,9 @@ def write_subject(root, person, shared, mask, folder):
     n_showings = np.bincount(rows[rows >= 0])[len(training) :]  # of the test pictures
     labels = {group: read_labels(root, person.name, group) for group in ROI_GROUPS}
     counts = {"sessions": len(rows), "training pictures": len(training), "test pictures": len(test)}
-    write_pictures(Path(root) / STIMULI, training, folder / "training_split/training_images", "train")
-    write_pictures(Path(root) / STIMULI, test, folder / "test_split/test_images", "test")
+    for ids, prefix, name in ((training, "train", "training"), (test, "test", "test")):
+        names = [f"{prefix}-{row:04d}_nsd-{i:05d}.png" for row, i in enumerate(ids, start=1)]
+        write_pictures(Path(root) / STIMULI, ids, names, folder / f"{name}_split/{name}_images")
     for name in ("training_split/training_fmri", "test_split/test_fmri", "test_split/noise_ceiling", "roi_masks"):
         (folder / name).mkdir()
     with progress(total=len(HEMIS) * len(rows), desc=f"{person.name}: betas", unit="session") as bar:
@@ -230,20 +231,19 @@ def write_subject(root, person, shared, mask, folder):
     return counts
 
 
-def write_pictures(path, nsd_ids, folder, prefix, at_once=128):
-    """PNGs of NSD's pictures nsd_ids, sorted. at_once: how many are in memory."""
-    folder.mkdir(parents=True)
+def write_pictures(path, rows, names, folder, side=425, at_once=128):
+    """PNGs of the central side x side px of NSD's pictures in an HDF5 file. rows: which; names: of the PNGs; at_once:
+    how many are in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (
         h5py.File(path, locking=False) as file,  # network file systems may have no locks
         ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow encodes outside Python's lock
-        progress(total=len(nsd_ids), desc=f"{folder.name}: pictures", unit="picture") as bar,
     ):
-        for start in range(0, len(nsd_ids), at_once):
-            ids = nsd_ids[start : start + at_once].tolist()
-            pictures = [Image.fromarray(file["imgBrick"][i]) for i in ids]
-            names = [f"{prefix}-{row:04d}_nsd-{i:05d}.png" for row, i in enumerate(ids, start + 1)]
-            list(pool.map(Image.Image.save, pictures, [folder / name for name in names]))
-            bar.update(len(ids))
+        for start in progress(range(0, len(rows), at_once), desc=f"{folder}", unit=f"{at_once} pictures"):
+            pictures = [file["imgBrick"][row] for row in rows[start : start + at_once]]
+            top, left = (np.array(pictures[0].shape[:2]) - side) // 2
+            pictures = [Image.fromarray(p[top : top + side, left : left + side].copy()) for p in pictures]
+            list(pool.map(Image.Image.save, pictures, [folder / name for name in names[start : start + at_once]]))
 
 
 def read_note(folder, settings):

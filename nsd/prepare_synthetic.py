@@ -60,20 +60,6 @@ def average_trials(betas, picture):
     return mean.astype(np.float32), ceiling
 
 
-def write_pictures(root, name, folder):
-    """The subject's pictures as PNG."""
-    folder.mkdir(parents=True)
-    first_own = N_NSD_PICTURES + 64 * prepare_nsd.EVERYBODY.index(name)  # own pictures: ids of nobody else
-    row = 0
-    for path, first_id in ((STIMULI, N_NSD_PICTURES), (COLOR_STIMULI.format(name), first_own)):
-        with h5py.File(root / path, locking=False) as file:
-            for picture in progress(file["imgBrick"], desc=f"{name}: pictures", unit="picture"):
-                top, left = (picture.shape[0] - SIDE) // 2, (picture.shape[1] - SIDE) // 2
-                crop = np.ascontiguousarray(picture[top : top + SIDE, left : left + SIDE])
-                Image.fromarray(crop).save(folder / f"test-{row + 1:04d}_nsd-{first_id + row:05d}.png")
-                row += 1
-
-
 def main():
     root, names = Path(NSD_DIR), [s.name for s in prepare_data.read_folder(CHALLENGE_DIR, SUBJECTS)]
     betas = [BETAS.format(name, hemi) for name in names for hemi in HEMIS]
@@ -88,7 +74,11 @@ def main():
         with output_folder(Path(OUTPUT_DIR) / name, overwrite=OVERWRITE, marker=NOTE) as folder:
             (folder / NOTE).write_text(json.dumps({"n_trials": len(picture)}))
             shutil.copytree(masks, folder / "roi_masks")
-            write_pictures(root, name, folder / "test_split/test_images")
+            own = [FIRST_ID + N_SHARED + N_OWN * prepare_nsd.EVERYBODY.index(name) + i for i in range(N_OWN)]
+            pictures = [f"test-{row:04d}_nsd-{i:05d}.png" for row, i in enumerate(shared + own, start=1)]
+            for path, names in ((STIMULI, pictures[:N_SHARED]), (COLOR_STIMULI.format(name), pictures[N_SHARED:])):
+                images = folder / "test_split/test_images"
+                prepare_nsd.write_pictures(root / path, range(len(names)), names, images, side=714)
             for part in ("test_fmri", "noise_ceiling"):
                 (folder / "test_split" / part).mkdir()
             for hemi in HEMIS:

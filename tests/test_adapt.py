@@ -183,7 +183,7 @@ EXTRA = 163841  # a vertex that nobody else has
 @pytest.fixture(scope="module")
 def person(tmp_path_factory):
     """Folder of subj09: lacks every fifth vertex on the right, has one on the left that nobody has, and numbers V1's
-    parts the other way round."""
+    parts the other way round. Every second picture has no nsd id."""
     folder = tmp_path_factory.mktemp("person")
     simulate(folder, subjects=[9], n_train=200, n_test=5, picture_size=80, vertex_step=16, seed=1)
     root = folder / "subj09"
@@ -202,6 +202,8 @@ def person(tmp_path_factory):
     path = root / "roi_masks/mapping_prf-visualrois.npy"
     names = np.load(path, allow_pickle=True).item()
     np.save(path, np.array(names | {1: names[2], 2: names[1]}, dtype=object))
+    for path in sorted((root / "training_split/training_images").iterdir())[1::2]:
+        path.rename(path.with_name(f"{path.name.split('_')[0]}.png"))
     return folder
 
 
@@ -383,22 +385,25 @@ def test_a_changed_head_is_carried(plain, person_data, tmp_path, monkeypatch):
     assert len(state["subject_bias"]) == 9
 
 
-def test_one_person_after_another(adapted, person, plain, tmp_path, monkeypatch):
-    """The second is fitted to all pictures, scored by cross-validation only; their data differ by one vertex."""
-    shutil.copytree(person / "subj09", tmp_path / "people/anna")
+def test_one_person_after_another(adapted, person, plain, tmp_path):
+    """The second, prepared together with the first, differs by one vertex; fitted to all pictures, only cross-validated."""
+    for name in ("subj09", "anna"):
+        shutil.copytree(person / "subj09", tmp_path / "people" / name)
     path = tmp_path / "people/anna/roi_masks/rh.all-vertices_fsaverage_space.npy"
     mask = np.load(path)
     moved = np.flatnonzero(mask)[-1]
     mask[[moved, moved + 1]] = mask[[moved + 1, moved]]
     np.save(path, mask)
-    run_stage(prepare_data, CHALLENGE_DIR=tmp_path / "people", DATA_DIR=tmp_path / "data", SUBJECTS="anna", SEED=SEED)
+    options = dict(CHALLENGE_DIR=tmp_path / "people", DATA_DIR=tmp_path / "data", SUBJECTS="subj09,anna", SEED=SEED)
+    run_stage(prepare_data, **options)
     options = OPTIONS | dict(CHECKPOINT=adapted / "adapted.pt", OUTPUT_DIR=tmp_path / "anna", HOLD_OUT=False)
-    run_stage(adapt, DATA_DIR=tmp_path / "data", **options)
+    run_stage(adapt, DATA_DIR=tmp_path / "data", SUBJECT="anna", **options)
     before, after = (load_encoder(path / "adapted.pt", "cpu", "float32") for path in (adapted, tmp_path / "anna"))
     images = plain.data.images[:5]
     assert torch.equal(before.decode(before.latents(images), 8), after.decode(after.latents(images), 8))
     info = after.info[0]
     assert after.subjects[8:] == ["subj09", "anna"] and len(info["added"]["anna"]) == len(plain.h)
+    assert np.array_equal(np.flatnonzero(after.space.mask[9]), plain.columns[:-1])
     assert torch.equal(info["added"]["subj09"], before.info[0]["added"]["subj09"])
     records = info["made_with"]["adapted"]
     assert records[0]["data_fingerprint"] == plain.data.fingerprint != records[1]["data_fingerprint"]

@@ -15,10 +15,11 @@ from optuna.trial import TrialState
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
 
+import core.files
 import fit_pca
 import prepare_data
 import train_head
-from core import training
+from core import checkpoint, training
 from core.checkpoint import load_checkpoint
 from core.settings import constants, override
 from core.space import Space
@@ -126,8 +127,10 @@ def test_search(fitted, tmp_path, capsys, monkeypatch):
     """Finds a trial better than the first; a diverged one counts; the study continues and is not mixed with others."""
     is_finite, diverged = training.Learner.is_finite, "trial-0003.pt"
     monkeypatch.setattr(training.Learner, "is_finite", lambda self: self.output.name != diverged and is_finite(self))
-    written, save = [], training.save_checkpoint
-    monkeypatch.setattr(training, "save_checkpoint", lambda path, *a, **k: written.append(path) or save(path, *a, **k))
+    written, save = [], core.files.save_torch
+    monkeypatch.setattr(core.files, "save_torch", lambda path, *a: written.append(path) or save(path, *a))
+    for module in (training, checkpoint):
+        monkeypatch.setattr(module, "save_torch", core.files.save_torch)
     settings = SEARCH | dict(DATA_DIR=fitted, HEADS=2, LEARNING_RATE_RANGE=(5e-4, 3e-2))
     folder = tmp_path / "study"
     run_stage(search, **settings, RUN_DIR=folder, TRIALS=2)
@@ -181,22 +184,13 @@ def test_search_learns_from_its_trials(fitted, tmp_path, monkeypatch):
     """On a known objective most trials of the third round are near the optimum, unlike those of the random first."""
     winners = []
 
-    class Instant:
-        def __init__(self, stage, learners, *_, **__):
-            self.learners = learners
-
-        def run(self):
-            pass
-
-        def write_head(self, learner, path):
-            winners.append(learner.best)
-
     def new_learner(trunk, settings, *_):
         rate, decay = np.log10(settings["LEARNING_RATE"]), np.log10(settings["WEIGHT_DECAY"])
         return SimpleNamespace(best=0.3 - (rate + 2) ** 2 - (decay + 1) ** 2 / 4, failed="")
 
     monkeypatch.setattr(train_head, "new_learner", new_learner)
-    monkeypatch.setattr(search, "Round", Instant)
+    monkeypatch.setattr(search, "Round", lambda *_, **__: SimpleNamespace(run=lambda: None))
+    monkeypatch.setattr(search, "write_head", lambda path, learner, data: winners.append(learner.best))
     settings = SEARCH | dict(DATA_DIR=fitted, LATENT_DIM_RANGE=(16, 16), LEARNING_RATE_RANGE=(1e-4, 1e-1))
     run_stage(search, **settings, RUN_DIR=tmp_path / "study", TRIALS=24, HEADS=8)
     values = [trial.value for trial in trials_of(tmp_path / "study")]

@@ -172,7 +172,7 @@ def parse_rois(space, subject):
         mask = np.zeros(space.n_vertices, bool)
         for part in name.split("+"):
             if part not in regions and not (part.isdigit() and int(part) < len(columns)):
-                raise UserError(f"unknown ROI {part!r}; there are {', '.join(regions)}, and rows of fields.npz.")
+                raise UserError(f"unknown ROI {part!r}; there are {', '.join(sorted(regions))}, and rows of fields.npz.")
             mask[columns[int(part)] if part.isdigit() else regions[part]] = True
         if mask.any():
             weights[name] = mask / mask.sum()

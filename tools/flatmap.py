@@ -10,33 +10,34 @@
 import textwrap
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patheffects import withStroke
 from nilearn import datasets, surface
-from scipy.spatial import cKDTree
 
 from core.space import HEMIS, N_FSAVERAGE, ROI_GROUPS
 from model import UserError
 
 MAP_WIDTH = 200  # px per row of NSD-Flat's maps, 1 mm each
 MARGIN = 8  # mm of cortex shown around the data
-SMALLEST_NAMED = 3.0  # mm; narrower areas get no name
+FEWEST_POINTS = 20  # of an ROI in one hemisphere; smaller ones are outlined without their name
 
 
 class FlatMap:
-    """The visual cortex as one triangle mesh, both hemispheres with their posterior ends side by side.
+    """The visual cortex as one triangle mesh, both hemispheres side by side.
 
-    points (n, 2) mm, faces (m, 3), column (n,): each point's column of the common space or -1, grey (n,): the
-    brightness of the cortex without data, left (n,) bool.
+    points (n, 2) mm, faces (m, 3), column (n,): each point's column of the common space or -1, grey (n,): brightness of
+    the cortex without data, size (2,): width and height in mm. folder: holds {flat,curv}_{left,right}.gii.gz of full
+    fsaverage; empty: fsaverage5, which comes with nilearn.
     """
 
     def __init__(self, space, folder=""):
         self.space = space
         sides = [surface_side(space, hemi, folder) for hemi in HEMIS] if space.unit == "vertices" else [pixels(space)]
-        starts = np.cumsum([0] + [len(side[0]) for side in sides])
+        first = [0, len(sides[0][0])]  # point of each side
+        self.faces = np.concatenate([faces + start for (_, faces, _, _), start in zip(sides, first)])
         self.points, self.column, self.grey = (np.concatenate([side[i] for side in sides]) for i in (0, 2, 3))
-        self.faces = np.concatenate([side[1] + start for side, start in zip(sides, starts)])
-        self.left = self.column < space.n_lh if len(sides) == 1 else np.arange(len(self.points)) < starts[1]
+        self.left = self.column < space.n_lh if len(sides) == 1 else np.arange(len(self.points)) < first[1]
         self.size = np.ptp(self.points, axis=0)
         if not (self.column[self.faces] >= 0).all(1).any():
             print("the vertices are too sparse for maps on fsaverage5: set FSAVERAGE_DIR to full fsaverage")
@@ -55,51 +56,44 @@ class FlatMap:
         return {(roi_group, name): labels == value for value, name in names.items() if value > 0 and value in labels}
 
     def draw(self, axes, values, limits, cmap, outlines, *, named=False, line_colour="black"):
-        """Draw values (n_vertices,), NaN where missing. limits: ends of the colour scale; named: write the names of
-        outlines into the areas -> the mesh drawn, for describe_maps()."""
+        """Draw values (n_vertices,), NaN where missing -> the mesh drawn, for describe_maps().
+
+        limits: ends of the colour scale; named: write the names of outlines into the areas.
+        """
         mesh, values = (*self.points.T, self.faces), np.ma.masked_invalid(self.on_points(values))
         axes.tripcolor(*mesh, self.grey, cmap="gray", vmin=0, vmax=1, shading="gouraud")
         missing = np.ma.getmaskarray(values)[self.faces].any(1)
         shown = axes.tripcolor(*mesh, values, mask=missing, cmap=cmap, clim=limits, shading="gouraud")
         for (_, name), inside in outlines.items():
             axes.tricontour(*mesh, inside.astype(float), levels=[0.5], colors=line_colour, linewidths=0.6)
-            for x, y in self.widest_places(inside) if named else ():
-                text = axes.text(x, y, name, ha="center", va="center", fontsize=6)
-                text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+            for side in (self.left, ~self.left) if named else ():
+                area = self.points[side & inside]
+                if len(area) >= FEWEST_POINTS:
+                    centre = area[np.linalg.norm(area - area.mean(0), axis=1).argmin()]
+                    text = axes.text(*centre, name, ha="center", va="center", fontsize=6)
+                    text.set_path_effects([withStroke(linewidth=2, foreground="white")])
         for x, side in ((0, "L"), (1, "R")):
             axes.text(x, 0, side, ha="right" if x else "left", transform=axes.transAxes, fontsize=9)
         axes.set_aspect("equal")
         axes.set_axis_off()
         return shown
 
-    def widest_places(self, inside):
-        """In each hemisphere the point of an area that is farthest from its border, if the area is wide enough."""
-        places = []
-        for side in (self.left, ~self.left):
-            area = self.points[side & inside]
-            if len(area):
-                depth = cKDTree(self.points[side & ~inside]).query(area)[0]
-                places += [area[depth.argmax()]] if depth.max() > SMALLEST_NAMED else []
-        return places
-
 
 def surface_side(space, hemi, folder):
     """-> points (n, 2) mm, faces, column and grey of one hemisphere of the flat surface, cut to the data."""
-    files = datasets.fetch_surf_fsaverage("fsaverage5")  # comes with nilearn
     half = "left" if hemi == "lh" else "right"
-    flat, curvature = (Path(folder or Path(files["flat_left"]).parent) / f"{kind}_{half}.gii.gz" for kind in ("flat", "curv"))
+    folder = Path(folder or Path(datasets.fetch_surf_fsaverage("fsaverage5")["flat_left"]).parent)
+    flat, curvature = (folder / f"{kind}_{half}.gii.gz" for kind in ("flat", "curv"))
     if not flat.exists() or not curvature.exists():
         raise UserError(f"{folder} lacks {flat.name} or {curvature.name} of fsaverage.")
     mesh = surface.load_surf_mesh(flat)
     points, faces = mesh.coordinates[:, :2], mesh.faces
-    column = np.full(N_FSAVERAGE, -1)
-    columns = space.columns(None, hemi)
+    column, columns = np.full(N_FSAVERAGE, -1), space.columns(None, hemi)
     column[space.vertices.numpy()[columns]] = columns
-    column = column[: len(points)]
+    column = column[: len(points)]  # fsaverage5 has the first 10,242 vertices of fsaverage
     edges = np.linalg.norm(points[faces] - points[np.roll(faces, 1, axis=1)], axis=2).max(1)
     faces = faces[edges < 4 * np.median(edges)]  # longer ones span a cut
-    data = points[np.intersect1d(faces, np.flatnonzero(column >= 0))]
-    data = data if len(data) else points
+    data = points[column >= 0] if (column >= 0).any() else points
     low, high = data.min(0) - MARGIN, data.max(0) + MARGIN
     faces = faces[((points > low) & (points < high)).all(1)[faces].all(1)]
     inner = high[0] if hemi == "lh" else low[0]  # the hemispheres meet at x = 0
@@ -146,7 +140,5 @@ def describe_maps(figure, shown, axes, label, outlines):
 
 def save_figure(figure, path):
     """PNG; the figure is closed."""
-    import matplotlib.pyplot as plt
-
     figure.savefig(path, dpi=150)
     plt.close(figure)
