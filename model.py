@@ -261,12 +261,13 @@ def trunk_outputs(trunk, images, functions, batch_size=64, precision=torch.float
 class Crops:
     """Square crops of a batch of pictures, resized on the device in two matrix products.
 
-    Antialiased bicubic, equal to torchvision's resized_crop on floats. Every picture has its own box. smallest: px of
-    the smallest crop; the weights of every size are computed once.
+    Antialiased bicubic, equal to torchvision's resized_crop on floats. Every picture has its own box. smallest_area: of
+    the boxes, a fraction of the picture; the weights of every size are computed once.
     """
 
-    def __init__(self, trunk, smallest=PICTURE_SIZE, device="cpu"):
-        self.size, self.smallest, self.device = trunk.image_size, smallest, device
+    def __init__(self, trunk, smallest_area=1.0, device="cpu"):
+        self.size, self.device = trunk.image_size, device
+        self.smallest = smallest = int(np.rint(PICTURE_SIZE * np.sqrt(smallest_area)))  # px
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) * 255 for v in (trunk.mean, trunk.std))
         # weights of every crop size with zeros on both sides: a box that starts at pixel i is a shift by i
         table = torch.zeros(PICTURE_SIZE - smallest + 1, self.size, 3 * PICTURE_SIZE)
@@ -301,11 +302,6 @@ def resize_weights(source, size):
     of the identity."""
     identity = torch.eye(source, dtype=torch.float64)[None, None]
     return F.interpolate(identity, (size, source), mode="bicubic", antialias=True)[0, 0].float()
-
-
-def smallest_crop(smallest_area):
-    """Side in px of the smallest box that random_boxes draws."""
-    return int(np.rint(PICTURE_SIZE * np.sqrt(smallest_area)))
 
 
 def random_boxes(n, smallest_area, rng):

@@ -14,7 +14,7 @@ import prepare_data
 from core.checkpoint import load_checkpoint
 from core.files import output_folder
 from core.scores import check_finite
-from core.settings import choose_device, choose_precision, progress, run
+from core.settings import choose_device, choose_precision, run
 from core.space import HEMIS, N_FSAVERAGE
 from model import PICTURE_SIZE, UserError, trunk_outputs
 
@@ -127,8 +127,7 @@ def main():
     if not len(data.test_image):
         raise UserError(f"{DATA_DIR} has no test pictures: prepare it from a folder with test_split.")
     rows = np.unique(data.test_image)
-    with progress(total=len(rows), desc="predicting", unit="picture") as bar:
-        latents = predictor.latents(data.images[rows], bar.update)
+    latents = predictor.latents(data.images[rows])
     with output_folder(SUBMISSION_DIR, OVERWRITE, marker="submission.zip") as folder:
         with zipfile.ZipFile(folder / "submission.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             for s, name in enumerate(predictor.subjects):

@@ -36,7 +36,7 @@ OVERWRITE: bool = False  # prepare again although DATA_DIR is complete
 
 SPLIT_NAMES = ("train", "val", "test")  # "test" is private, not the challenge's
 FORMAT = "prepared-3"
-CHUNK = 512  # rows of activity in memory at a time
+CHUNK = 512  # pictures that wait to be written at a time
 
 
 @dataclasses.dataclass
@@ -57,10 +57,7 @@ def read_folder(folder, names=""):
     """[Subject] of a challenge folder; the first fault of every subject is reported at once."""
     folder = Path(folder)
     wanted = sorted(names.replace(",", " ").split())
-    wanted = wanted or sorted(p.name for p in folder.glob("subj[0-9][0-9]") if p.is_dir()) or ["subj01 …"]
-    missing = [name for name in wanted if not (folder / name).is_dir()]
-    if missing:
-        raise UserError(f"{folder} has no folder {', '.join(missing)}; CHALLENGE_DIR is the folder that holds them.")
+    wanted = wanted or sorted(p.name for p in folder.glob("subj[0-9][0-9]") if p.is_dir()) or ["subj01"]
     subjects, faults = [], []
     for name in wanted:
         try:
@@ -74,6 +71,8 @@ def read_folder(folder, names=""):
 
 def read_subject(folder):
     """One subject's folder -> Subject; shapes, order and names are checked, values are not read."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; CHALLENGE_DIR is the folder that holds subj01 and others.")
     if not re.fullmatch(r"\w[\w.-]*", folder.name) or folder.name in ("all", "group"):
         raise UserError(f"{folder.name!r} cannot name a subject: use letters, digits, _ and -; not all or group.")
     pictures, nsd_ids = list_pictures(folder / "training_split/training_images")
@@ -259,10 +258,10 @@ def decode_picture(path):
         raise UserError(f"{path} is damaged or not a picture ({error}).")
 
 
-def decode_pictures(paths, workers=None):
+def decode_pictures(paths):
     """Pictures (256, 256, 3) uint8 in order; PIL decodes outside the GIL."""
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for start in range(0, len(paths), CHUNK):  # bounds what waits to be written
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), CHUNK):
             yield from pool.map(decode_picture, paths[start : start + CHUNK])
 
 
@@ -354,13 +353,12 @@ def load(folder):
 def assign_splits(subjects, training_ids):
     """Split (n_samples,) of every sample, subject by subject."""
     seen = np.stack([np.isin(training_ids, s.nsd_ids) for s in subjects], axis=1)
-    if SPLITS not in ("pictures", "shared", "authors"):
-        raise UserError(f"SPLITS is {SPLITS}, expected pictures, shared or authors.")
-    if SPLITS == "authors":
-        splits = [split_as_authors(s.name, len(s.pictures)) for s in subjects]
-    else:
+    splits = [split_as_authors(s.name, len(s.pictures)) for s in subjects]
+    if SPLITS in ("pictures", "shared"):
         by_picture = (split_pictures if SPLITS == "pictures" else split_shared)(seen, SEED)
         splits = [by_picture[np.searchsorted(training_ids, s.nsd_ids)] for s in subjects]
+    elif SPLITS != "authors":
+        raise UserError(f"SPLITS is {SPLITS}, expected pictures, shared or authors.")
     print(f"{'subject':10} {'train':>7} {'val':>7} {'test':>7} {'vertices':>9}")
     for s, split in zip(subjects, splits):
         counts, n_vertices = np.bincount(split, minlength=3), sum(len(s.vertices[hemi]) for hemi in HEMIS)

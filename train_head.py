@@ -1,8 +1,9 @@
-"""Stage 3, phase 1: train the encoding head on the frozen trunk (report, Table 2).
+"""Stage 3, phase 1: train the encoding head on the frozen trunk (report, Table 2). DATA_DIR -> RUN_DIR with
 
-Reads DATA_DIR; writes to RUN_DIR head.pt, the checkpoint with the best validation median R², train_head.jsonl, one
-line per validation, and train_head.png, the loss curves (report, Figure 3). If it is interrupted, the same command
-continues. torchrun --standalone --nproc_per_node N train_head.py shares the work between N GPUs.
+    head.pt            the checkpoint with the best validation median R²
+    train_head.jsonl   one line per validation; train_head.png: the loss curves (report, Figure 3)
+
+The same command continues an interrupted run. torchrun --standalone --nproc_per_node N train_head.py uses N GPUs.
 """
 
 from pathlib import Path
@@ -59,6 +60,7 @@ def new_learner(trunk, settings, name, data, pca, device, precision):
     head = Head(shapes, s.LATENT_DIM, pca_dim, len(data.space.subjects), data.space.n_vertices)
     if s.INIT_FROM:
         load_weights(s.INIT_FROM, head, read_checkpoint(s.INIT_FROM)["head"])
+    pca.components, pca.mean = pca.components.to(device), pca.mean.to(device)  # one copy for all heads
     components = pca.components if pca_dim == n_components else pca.components[:, :pca_dim].contiguous()
     encoder = Encoder(trunk, head.with_parameters(embed_weight=components, embed_bias=pca.mean), s.LAYERS)
     made_from = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}

@@ -25,7 +25,7 @@ from core.checkpoint import mark_finished, read_checkpoint, save_checkpoint
 from core.files import atomic_write, fingerprint, load_torch, lock, save_torch
 from core.scores import median_r2, r2_score
 from core.settings import progress
-from model import Crops, UserError, autocast, random_boxes, smallest_crop, trunk_outputs
+from model import Crops, UserError, autocast, random_boxes, trunk_outputs
 
 FORMAT = "training-3"
 # settings that may differ between a run and its continuation
@@ -160,7 +160,7 @@ class Learner:
         self.scaler.scale(loss).backward()
         self.loss = self.loss + loss.detach()
 
-    def update(self, buffers):
+    def update(self):
         """The optimiser's step. A step that loss scaling skips leaves no trace: batch norm's buffers are restored."""
         distributed.average_gradients(self.trainable.values())
         for group in self.optimizer.param_groups:
@@ -170,8 +170,8 @@ class Learner:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if self.scaler.is_enabled() and self.scaler.get_scale() < scale:
-            for buffer, before in zip(self.encoder.head.buffers(), buffers):
+        if self.scaler.get_scale() < scale:
+            for buffer, before in zip(self.encoder.head.buffers(), self.buffers):
                 buffer.copy_(before)
         else:
             self.loss_sum, self.n_losses = self.loss_sum + self.loss, self.n_losses + 1
@@ -223,10 +223,9 @@ def train_step(learners, crops, batch, micro_batch=0):
     n, n_local = len(batch["subject"]), len(batch["images"])
     local_size = micro_batch or n_local
     size = n * local_size // n_local
-    buffers = [[b.clone() for b in l.encoder.head.buffers()] if l.scaler.is_enabled() else [] for l in learners]
     for learner in learners:
         learner.encoder.train()
-        learner.loss = 0.0
+        learner.loss, learner.buffers = 0.0, [buffer.clone() for buffer in learner.encoder.head.buffers()]
     for k in range(n_local // local_size):
         images = crops(*(batch[name][k * local_size : (k + 1) * local_size] for name in IMAGE_KEYS))
         part = {name: v[k * size : (k + 1) * size] for name, v in batch.items() if name not in IMAGE_KEYS}
@@ -234,8 +233,8 @@ def train_step(learners, crops, batch, micro_batch=0):
             features = encoder.trunk(images)
         for learner in learners:
             learner.accumulate(features, part, k * size + distributed.rank() * local_size, size / n)
-    for learner, before in zip(learners, buffers):
-        learner.update(before)
+    for learner in learners:
+        learner.update()
 
 
 @torch.inference_mode()
@@ -303,7 +302,7 @@ class Run:
             trunk.compile()
         images, device = read_pictures(self.data), head.embed_bias.device
         batches = Batches(self.data, self.pca, images, s, device)
-        crops = Crops(trunk, smallest_crop(s.CROP_SCALE), device)
+        crops = Crops(trunk, s.CROP_SCALE, device)
         every = s.VALIDATE_EVERY or math.ceil(len(batches.rows) / s.BATCH_SIZE)
         n_trainable = sum(p.numel() for p in self.learners[0].trainable.values())
         print(f"{n_trainable:,} trainable parameters, {self.precision} on {device}")
@@ -396,11 +395,6 @@ def log_path(output):
     """head.pt -> train_head.jsonl, finetuned.pt -> finetune.jsonl, other checkpoints by their own name."""
     stem = {"head": "train_head", "finetuned": "finetune"}.get(Path(output).stem, Path(output).stem)
     return Path(output).with_name(f"{stem}.jsonl")
-
-
-def read_log(path):
-    """One dict per validation."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def save_curves(log, path):

@@ -90,50 +90,46 @@ def resampler(places):
     return sparse.diags_array(1 / np.where(total > 0, total, 1)) @ weights
 
 
-def read_session(person, session, vertices):
-    """{hemi: betas (n_trials, n_vertices)} of a session, counted from 0."""
-    paths = {hemi: Path(NSD_DIR) / prepare_nsd.BETAS.format(person.name, hemi, session + 1) for hemi in HEMIS}
-    n_trials = person.shown.shape[1]
-    return {hemi: prepare_nsd.read_trials(path, n_trials, vertices[hemi]) for hemi, path in paths.items()}
+def read_session(name, session, vertices):
+    """{hemi: betas (n_trials, n_vertices)} of a subject's session, counted from 0."""
+    paths = {hemi: Path(NSD_DIR) / prepare_nsd.BETAS.format(name, hemi, session + 1) for hemi in HEMIS}
+    return {hemi: prepare_nsd.read_trials(paths[hemi], TRIALS_PER_SESSION, vertices[hemi]) for hemi in HEMIS}
 
 
-def complete_vertices(person, mask):
-    """{hemi: vertices of the mask (n,) that are NaN in no trial}."""
+def complete_vertices(name, n_sessions, mask):
+    """{hemi: vertices of the mask (n,) that are NaN in none of the subject's trials}."""
     missing = {hemi: np.zeros(len(mask[hemi]), bool) for hemi in HEMIS}
-    for session in progress(range(len(person.shown)), desc=f"{person.name}: missing vertices", unit="session"):
-        for hemi, betas in read_session(person, session, mask).items():
+    for session in progress(range(n_sessions), desc=f"{name}: missing vertices", unit="session"):
+        for hemi, betas in read_session(name, session, mask).items():
             missing[hemi] |= np.isnan(betas).any(0)
     return {hemi: mask[hemi][~missing[hemi]] for hemi in HEMIS}
 
 
-def session_maps(person, session, trials, vertices, weights):
+def session_maps(name, session, trials, vertices, weights):
     """Maps (len(trials), 215, 200) uint8 of some trials of a session; both are counted from 0."""
-    betas = read_session(person, session, vertices)
+    betas = read_session(name, session, vertices)
     for hemi in HEMIS:
         prepare_nsd.zscore(betas[hemi])
     activity = np.concatenate([betas[hemi][trials] for hemi in HEMIS], axis=1)
     maps = np.full((len(trials), weights.shape[0]), OUTSIDE, np.uint8)
     is_inside = np.diff(weights.indptr) > 0
     for i in range(0, len(trials), ROWS_PER_GROUP):  # limits the memory in float64
-        z = (weights[is_inside] @ activity[i : i + ROWS_PER_GROUP].T).T
-        z = np.clip(z, -Z_LIMIT, Z_LIMIT)
+        z = np.clip((weights[is_inside] @ activity[i : i + ROWS_PER_GROUP].T).T, -Z_LIMIT, Z_LIMIT)
         maps[i : i + len(z), is_inside] = ((z + Z_LIMIT) / (2 * Z_LIMIT) * 255).astype(np.uint8)
     return maps.reshape(-1, *MAP_SHAPE)
 
 
-def plan_shards(people):
-    """{file name: [(person, trial)]}, trials counted from 0."""
-    shards = {}
-    for split in ("train", "test"):
-        trials = []
-        for person in people:
-            n_train = person.shown[: -prepare_nsd.N_TEST_SESSIONS].size
-            chosen = range(n_train) if split == "train" else range(n_train, person.shown.size)
-            trials += [(person, trial) for trial in chosen]
-        n = -(-len(trials) // ROWS_PER_SHARD)
+def plan_shards(shown):
+    """{file name: [(subject, trial)]}, trials counted from 0. shown: see prepare_nsd.survey()."""
+    shards, trials = {}, {"train": [], "test": []}
+    for name, nsd_ids in shown.items():
+        n_train = nsd_ids[: -prepare_nsd.N_TEST_SESSIONS].size
+        trials["train"] += [(name, trial) for trial in range(n_train)]
+        trials["test"] += [(name, trial) for trial in range(n_train, nsd_ids.size)]
+    for split, every in trials.items():
+        n = -(-len(every) // ROWS_PER_SHARD)
         for i in range(n):
-            part = trials[i * len(trials) // n : (i + 1) * len(trials) // n]
-            shards[f"{split}-{i:05d}-of-{n:05d}.parquet"] = part
+            shards[f"{split}-{i:05d}-of-{n:05d}.parquet"] = every[i * len(every) // n : (i + 1) * len(every) // n]
     return shards
 
 
@@ -143,39 +139,36 @@ def png(values):
     return {"bytes": file.getvalue(), "path": None}
 
 
-def record(person, infos, annotations, trial, picture, activity):
+def record(name, infos, annotations, trial, nsd_id, picture, activity):
     """One row. infos: lines of STIMULUS_INFO by nsd id; picture (425, 425, 3), activity (215, 200): uint8."""
-    nsd_id = int(person.shown.flat[trial])
     info = infos[nsd_id]
     objects, captions = coco.convert(annotations[info["cocoSplit"], info["cocoId"]], ast.literal_eval(info["cropBox"]))
     small = Image.fromarray(picture).resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
     return {
-        "subject_id": prepare_nsd.EVERYBODY.index(person.name), "trial_id": trial,
-        "session_id": trial // person.shown.shape[1], "nsd_id": nsd_id, "image": png(np.asarray(small)),
-        "activity": png(activity), "subject": person.name, **{name: bool(info[name]) for name in FLAGS},
-        "coco_split": info["cocoSplit"], "coco_id": info["cocoId"], "objects": objects, "captions": captions,
-        "repetitions": {name: info[name] for name in REPETITIONS},
+        "subject_id": prepare_nsd.EVERYBODY.index(name), "trial_id": trial, "session_id": trial // TRIALS_PER_SESSION,
+        "nsd_id": nsd_id, "image": png(np.asarray(small)), "activity": png(activity), "subject": name,
+        **{flag: bool(info[flag]) for flag in FLAGS}, "coco_split": info["cocoSplit"], "coco_id": info["cocoId"],
+        "objects": objects, "captions": captions, "repetitions": {column: info[column] for column in REPETITIONS},
     }  # fmt: skip
 
 
-def write_shard(path, trials, columns, vertices, weights, infos, annotations, bar):
-    """trials [(person, trial)]; vertices, weights: {subject name: ...}."""
+def write_shard(path, trials, columns, shown, vertices, weights, infos, annotations, bar):
+    """trials [(subject, trial)]; shown, vertices, weights: {subject: ...}."""
     with (
         h5py.File(Path(NSD_DIR) / prepare_nsd.STIMULI, locking=False) as stimuli,
         ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow encodes outside Python's lock
         atomic_write(path) as file,
         pyarrow.parquet.ParquetWriter(file, columns) as writer,
     ):
-        for (name, session), part in itertools.groupby(trials, lambda t: (t[0].name, t[1] // t[0].shown.shape[1])):
-            part = list(part)
-            person, numbers = part[0][0], [trial for _, trial in part]
-            in_session = np.array(numbers) % person.shown.shape[1]
-            maps = session_maps(person, session, in_session, vertices[name], weights[name])
-            for i in range(0, len(maps), ROWS_PER_GROUP):
-                group = numbers[i : i + ROWS_PER_GROUP]
-                pictures = [stimuli["imgBrick"][person.shown.flat[trial]] for trial in group]
-                build = functools.partial(record, person, infos, annotations)
-                rows = list(pool.map(build, group, pictures, maps[i : i + ROWS_PER_GROUP]))
+        for (name, session), part in itertools.groupby(trials, lambda t: (t[0], t[1] // TRIALS_PER_SESSION)):
+            part = [trial for _, trial in part]
+            maps = session_maps(name, session, np.array(part) % TRIALS_PER_SESSION, vertices[name], weights[name])
+            build = functools.partial(record, name, infos, annotations)
+            for i in range(0, len(part), ROWS_PER_GROUP):
+                group = part[i : i + ROWS_PER_GROUP]
+                ids = shown[name].flat[group].tolist()
+                pictures = [stimuli["imgBrick"][nsd_id] for nsd_id in ids]
+                rows = list(pool.map(build, group, ids, pictures, maps[i : i + ROWS_PER_GROUP]))
                 writer.write_table(pyarrow.Table.from_pylist(rows, columns))
                 bar.update(len(rows))
 
@@ -184,29 +177,27 @@ def main():
     output, root = Path(FLAT_DIR) / "data", Path(NSD_DIR)
     n_sessions = prepare_nsd.choose_subjects(root, SUBJECTS, N_SESSIONS)
     prepare_nsd.require(root, [STIMULUS_INFO])
-    people, _ = prepare_nsd.survey(root, n_sessions, TRIALS_PER_SESSION, labels=False)
+    shown, _ = prepare_nsd.survey(root, n_sessions, TRIALS_PER_SESSION, labels=False)
     mask, surface = prepare_nsd.read_mask(root, RSC_DIR), load_surface(SURFACE_DIR)
-    made_from = fingerprint(n_sessions, *(person.shown for person in people), mask, surface)
-    columns, shards = schema(made_from), plan_shards(people)
-    if {path.name for path in output.glob("*.parquet")} - shards.keys():
-        raise UserError(f"{output} has other shards: choose another FLAT_DIR.")
-    for name in [name for name in shards if (output / name).exists()]:
-        if pyarrow.parquet.read_schema(output / name).metadata.get(b"made_from") != made_from.encode():
-            raise UserError(f"{output / name} was made from other data: choose another FLAT_DIR.")
-        del shards[name]
-    shown = np.unique(np.concatenate([person.shown.ravel() for person in people]))
-    infos = pd.read_csv(root / STIMULUS_INFO, index_col="nsdId").loc[shown].to_dict("index")
+    made_from = fingerprint(shown, mask, surface)
+    columns, shards = schema(made_from), plan_shards(shown)
+    for path in output.glob("*.parquet"):
+        before = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"made_from")
+        if path.name not in shards or before != made_from.encode():
+            raise UserError(f"{path} was made from other data: choose another FLAT_DIR.")
+        del shards[path.name]
+    ids = np.unique(np.concatenate([nsd_ids.ravel() for nsd_ids in shown.values()]))
+    infos = pd.read_csv(root / STIMULUS_INFO, index_col="nsdId").loc[ids].to_dict("index")
     pictures = {(info["cocoSplit"], info["cocoId"]) for info in infos.values()}
     annotations = coco.read_annotations(COCO_DIR, pictures) if shards else {}
     vertices, weights = {}, {}
-    for person in {person.name: person for trials in shards.values() for person, _ in trials}.values():
-        vertices[person.name] = complete_vertices(person, mask)
-        places = [surface[hemi][vertices[person.name][hemi]] for hemi in HEMIS]
-        weights[person.name] = resampler(np.concatenate(places))
+    for name in sorted({name for trials in shards.values() for name, _ in trials}):
+        vertices[name] = complete_vertices(name, n_sessions[name], mask)
+        weights[name] = resampler(np.concatenate([surface[hemi][vertices[name][hemi]] for hemi in HEMIS]))
     with lock(FLAT_DIR), progress(total=sum(map(len, shards.values())), desc="writing trials", unit="trial") as bar:
         for name, trials in shards.items():
-            write_shard(output / name, trials, columns, vertices, weights, infos, annotations, bar)
-    print(f"wrote {output}: {sum(p.shown.size for p in people)} trials of {', '.join(n_sessions)}")
+            write_shard(output / name, trials, columns, shown, vertices, weights, infos, annotations, bar)
+    print(f"wrote {output}: {sum(nsd_ids.size for nsd_ids in shown.values())} trials of {', '.join(shown)}")
 
 
 if __name__ == "__main__":

@@ -87,10 +87,7 @@ def decode(files, name, trials, function):
 
 def read_map(file):
     """A PNG of the flat cortex -> (215 * 200,) uint8."""
-    values = np.asarray(Image.open(file))
-    if values.shape != MAP_SHAPE or values.dtype != np.uint8:
-        raise UserError(f"{FLAT_DIR} has a map of {values.dtype} {values.shape}, expected uint8 {MAP_SHAPE}.")
-    return values.ravel()
+    return np.asarray(Image.open(file)).ravel()
 
 
 def sum_maps(files, trials, rows, subject_of_row):
@@ -106,21 +103,13 @@ def sum_maps(files, trials, rows, subject_of_row):
     return sums, inside
 
 
-def mean_activity(sums, rows, n_trials, subject_of_row, inside, pixels):
-    """Blocks (n, n_pixels) float32 of the rows' mean activity, zero where a subject lacks a pixel."""
-    for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        mean = sums[part][:, pixels] / n_trials[part, None] / 255 * (2 * Z_LIMIT) - Z_LIMIT
-        yield np.where(inside[subject_of_row[part]][:, pixels], mean, 0).astype(np.float32)
-
-
 def pixel_space(names, inside):
-    """inside (n_subjects, 215 * 200) bool -> Space, pixels (n_pixels,): places on the map, row by row."""
+    """inside (n_subjects, 215 * 200) bool -> Space; its vertices are places on the map, row by row."""
     left = np.arange(inside.shape[1]) % MAP_SHAPE[1] < MAP_SHAPE[1] // 2
-    used = inside.any(0)
-    pixels = np.concatenate([np.flatnonzero(used & left), np.flatnonzero(used & ~left)])
+    sides = [np.flatnonzero(inside.any(0) & side) for side in (left, ~left)]
+    pixels = np.concatenate(sides)
     mask = torch.from_numpy(inside[:, pixels])
-    return Space(names, torch.from_numpy(pixels), int((used & left).sum()), mask, {}, unit="pixels"), pixels
+    return Space(names, torch.from_numpy(pixels), len(sides[0]), mask, {}, unit="pixels")
 
 
 def prepare(made_with):
@@ -153,18 +142,21 @@ def prepare(made_with):
         "test_subject": subject[test], "test_image": image[test],
     }  # fmt: skip
     sums, inside = sum_maps(files, used.index.to_numpy(), groups.ngroup().to_numpy(), subject)
-    space, pixels = pixel_space(names, inside)
-    activity, test_activity = (
-        mean_activity(sums, np.flatnonzero(chosen), n_trials.to_numpy(), subject, inside, pixels)
-        for chosen in (~test, test)
-    )
+    space = pixel_space(names, inside)
+    pixels, mask = space.vertices.numpy(), space.mask.numpy()
+
+    def activity(rows):
+        """Blocks (n, n_pixels) float32 of the rows' mean activity, zero where a subject lacks a pixel."""
+        for part in np.split(rows, range(BATCH, len(rows), BATCH)):
+            mean = sums[part][:, pixels] / n_trials.to_numpy()[part, None] / 255 * (2 * Z_LIMIT) - Z_LIMIT
+            yield np.where(mask[subject[part]], mean, 0).astype(np.float32)
+
     prepare_data.write_prepared(
         DATA_DIR, space=space, samples=samples, nsd_ids=first.to_numpy(copy=True), n_training_images=len(training_ids),
-        activity=activity, test_activity=test_activity, splits=SPLITS, made_with=made_with,
-        images=decode(files, "image", first.index.to_numpy(), prepare_data.decode_picture),
+        activity=activity(np.flatnonzero(~test)), test_activity=activity(np.flatnonzero(test)), splits=SPLITS,
+        made_with=made_with, images=decode(files, "image", first.index.to_numpy(), prepare_data.decode_picture),
     )  # fmt: skip
-    print(f"{space.n_vertices} pixels, whose scores do not compare with scores of vertices")
-    print(f"{test.sum()} test samples of {len(first) - len(training_ids)} pictures in nobody's training split")
+    print(f"{space.n_vertices} pixels, whose scores do not compare with scores of vertices; {test.sum()} test samples")
 
 
 def main():

@@ -19,7 +19,6 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import h5py
 import nibabel
@@ -64,11 +63,6 @@ TRANSFORM = "nsddata/ppdata/{}/transforms/{}.white-to-fsaverage.mgz"
 NOTE = "prepare_nsd.json"  # in each subject's folder: settings and counts
 
 
-class Person(NamedTuple):
-    name: str
-    shown: np.ndarray  # (n_sessions, n_trials) nsd id of the picture, from 0
-
-
 def choose_subjects(root, subjects, n_sessions):
     """{name: number of sessions} of the subjects asked for, or of all whose betas are there."""
     names = sorted(filter(None, re.split(r"[,\s]+", subjects)))
@@ -79,9 +73,12 @@ def choose_subjects(root, subjects, n_sessions):
 
 
 def survey(root, n_sessions, n_trials, labels=True):
-    """Check that all input files are there and whole, before the hours of work -> [Person], nsd ids of the shared
-    pictures (n,). n_sessions: {name: number}; n_trials: per session; labels: whether ROIs and ncsnr are needed."""
-    root, betas, others = Path(root), [], [STIMULI, DESIGN, *map(MASK.format, HEMIS)]
+    """Check that all input files are there and whole, before the hours of work -> {name: nsd ids shown (n_sessions,
+    n_trials)}, nsd ids of the shared pictures (n,); both from 0.
+
+    n_sessions: {name: number}; n_trials: per session; labels: whether ROIs and ncsnr are needed.
+    """
+    betas, others = [], [STIMULI, DESIGN, *map(MASK.format, HEMIS)]
     for name, n in n_sessions.items():
         betas += [BETAS.format(name, hemi, session) for session in range(1, n + 1) for hemi in HEMIS]
         if labels:
@@ -90,10 +87,14 @@ def survey(root, n_sessions, n_trials, labels=True):
             others += [LABEL.format(name, f"{group}.mgz.ctab") for group in ROI_GROUPS]
     require(root, others + betas)
     for path in betas:
-        check_betas(root / path, n_trials)
-    shown, shared = read_design(root / DESIGN)
-    people = [Person(name, shown[name][: n * n_trials].reshape(n, n_trials)) for name, n in n_sessions.items()]
-    return people, shared
+        check_betas(Path(root) / path, n_trials)
+    content = scipy.io.loadmat(Path(root) / DESIGN)
+    order, pictures, shared = (content[name].astype(np.int64) for name in ("masterordering", "subjectim", "sharedix"))
+    if min(order.min(), pictures.min(), shared.min()) < 1:
+        raise UserError(f"{DESIGN} counts from 0, expected NSD's numbers from 1.")
+    planned = dict(zip(EVERYBODY, pictures[:, order.ravel() - 1] - 1))  # sessions never acquired included
+    shown = {name: planned[name][: n * n_trials].reshape(n, n_trials) for name, n in n_sessions.items()}
+    return shown, shared.ravel() - 1
 
 
 def require(root, paths):
@@ -109,16 +110,6 @@ def check_betas(path, n_trials):
     header, n_bytes = np.fromfile(path, ">i4", 6).tolist(), path.stat().st_size
     if header != [1, N_FSAVERAGE, 1, 1, n_trials, 3] or n_bytes < MGH_HEADER + 4 * N_FSAVERAGE * n_trials:
         raise UserError(f"{path} does not have {n_trials} trials (TRIALS_PER_SESSION): download it again.")
-
-
-def read_design(path):
-    """nsd_expdesign.mat -> {name: nsd id of each planned trial (n_trials,)}, nsd ids of the shared pictures (n,); both
-    from 0."""
-    content = scipy.io.loadmat(path)
-    order, pictures, shared = (content[name].astype(np.int64) for name in ("masterordering", "subjectim", "sharedix"))
-    if min(order.min(), pictures.min(), shared.min()) < 1:
-        raise UserError(f"{path} counts from 0, expected NSD's numbers from 1.")
-    return dict(zip(EVERYBODY, pictures[:, order.ravel() - 1] - 1)), shared.ravel() - 1
 
 
 def read_trials(path, n_trials, vertices):
@@ -168,14 +159,14 @@ def read_labels(root, name, group):
     return labels, {int(label): roi for label, roi in pairs}
 
 
-def split_trials(person, shared):
+def split_trials(name, shown, shared):
     """-> training ids (n,), test ids (m,), both sorted, and the row that each trial is averaged into (n_sessions,
-    n_trials): training pictures first, then test pictures; -1: none. shared: nsd ids of the shared pictures."""
-    training, late = np.unique(person.shown[:-N_TEST_SESSIONS]), person.shown[-N_TEST_SESSIONS:]
+    n_trials): training pictures first, then test pictures; -1: none. shown, shared: see survey()."""
+    training, late = np.unique(shown[:-N_TEST_SESSIONS]), shown[-N_TEST_SESSIONS:]
     held_out, n_showings = np.unique(late, return_counts=True)
-    allowed = ~np.isin(held_out, shared) | ((n_showings == 3) & (person.name in FINISHERS))
+    allowed = ~np.isin(held_out, shared) | ((n_showings == 3) & (name in FINISHERS))
     test = held_out[allowed & ~np.isin(held_out, training)]
-    rows = np.searchsorted(training, person.shown)
+    rows = np.searchsorted(training, shown)
     rows[-N_TEST_SESSIONS:] = np.where(np.isin(late, test), len(training) + np.searchsorted(test, late), -1)
     return training, test, rows
 
@@ -190,35 +181,36 @@ def average_betas(root, name, hemi, vertices, rows, bar):
         betas = read_trials(Path(root) / BETAS.format(name, hemi, session), len(session_rows), vertices)
         missing |= np.isnan(betas).any(0)
         zscore(betas)
-        for row, trial in zip(session_rows, betas):
-            if row >= 0:
-                means[row] += trial
+        used = session_rows >= 0
+        np.add.at(means, session_rows[used], betas[used])
         bar.update()
     means /= n_showings[:, None].astype(np.float32)
     return means, missing
 
 
-def write_subject(root, person, shared, mask, folder):
+def write_subject(root, name, shown, shared, mask, folder):
     """Write one subject's challenge folder -> its row of CHALLENGE."""
-    training, test, rows = split_trials(person, shared)
+    training, test, rows = split_trials(name, shown, shared)
     n_showings = np.bincount(rows[rows >= 0])[len(training) :]  # of the test pictures
-    labels = {group: read_labels(root, person.name, group) for group in ROI_GROUPS}
+    labels = {group: read_labels(root, name, group) for group in ROI_GROUPS}
     counts = {"sessions": len(rows), "training pictures": len(training), "test pictures": len(test)}
-    for ids, prefix, name in ((training, "train", "training"), (test, "test", "test")):
-        names = [f"{prefix}-{row:04d}_nsd-{i:05d}.png" for row, i in enumerate(ids, start=1)]
-        write_pictures(Path(root) / STIMULI, ids, names, folder / f"{name}_split/{name}_images")
-    for name in ("training_split/training_fmri", "test_split/test_fmri", "test_split/noise_ceiling", "roi_masks"):
-        (folder / name).mkdir()
-    with progress(total=len(HEMIS) * len(rows), desc=f"{person.name}: betas", unit="session") as bar:
+    for part in ("training_split/training_images", "training_split/training_fmri", "test_split/test_images",
+                 "test_split/test_fmri", "test_split/noise_ceiling", "roi_masks"):  # fmt: skip
+        (folder / part).mkdir(parents=True)
+    for ids, split, prefix in ((training, "training", "train"), (test, "test", "test")):
+        images = folder / f"{split}_split/{split}_images"
+        outputs = [images / f"{prefix}-{row:04d}_nsd-{i:05d}.png" for row, i in enumerate(ids, start=1)]
+        write_pictures(Path(root) / STIMULI, ids, outputs)
+    with progress(total=len(HEMIS) * len(rows), desc=f"{name}: betas", unit="session") as bar:
         for hemi in HEMIS:
-            means, missing = average_betas(root, person.name, hemi, mask[hemi], rows, bar)
+            means, missing = average_betas(root, name, hemi, mask[hemi], rows, bar)
             vertices = mask[hemi][~missing]
             counts[f"{hemi} vertices"] = len(vertices)
             activity = means[:, ~missing]
             np.save(folder / f"training_split/training_fmri/{hemi}_training_fmri.npy", activity[: len(training)])
             if len(test):
                 np.save(folder / f"test_split/test_fmri/{hemi}_test_fmri.npy", activity[len(training) :])
-                signal = read_surface(Path(root) / NCSNR.format(person.name, hemi))[vertices].astype(np.float64) ** 2
+                signal = read_surface(Path(root) / NCSNR.format(name, hemi))[vertices].astype(np.float64) ** 2
                 ceiling = signal / (signal + np.mean(1 / n_showings))
                 np.save(folder / f"test_split/noise_ceiling/{hemi}_noise_ceiling.npy", ceiling)
             inside = np.bincount(vertices, minlength=N_FSAVERAGE)
@@ -231,19 +223,17 @@ def write_subject(root, person, shared, mask, folder):
     return counts
 
 
-def write_pictures(path, rows, names, folder, side=425, at_once=128):
-    """PNGs of the central side x side px of NSD's pictures in an HDF5 file. rows: which; names: of the PNGs; at_once:
-    how many are in memory."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_pictures(path, rows, outputs, side=425, at_once=128):
+    """PNGs of the central side x side px of pictures in an HDF5 file of NSD. rows: which; outputs: paths of the PNGs."""
     with (
         h5py.File(path, locking=False) as file,  # network file systems may have no locks
         ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow encodes outside Python's lock
     ):
-        for start in progress(range(0, len(rows), at_once), desc=f"{folder}", unit=f"{at_once} pictures"):
+        for start in progress(range(0, len(rows), at_once), desc=outputs[0].parent.name, unit=f"{at_once} pictures"):
             pictures = [file["imgBrick"][row] for row in rows[start : start + at_once]]
             top, left = (np.array(pictures[0].shape[:2]) - side) // 2
             pictures = [Image.fromarray(p[top : top + side, left : left + side].copy()) for p in pictures]
-            list(pool.map(Image.Image.save, pictures, [folder / name for name in names[start : start + at_once]]))
+            list(pool.map(Image.Image.save, pictures, outputs[start : start + at_once]))
 
 
 def read_note(folder, settings):
@@ -261,15 +251,15 @@ def main():
     todo = choose_subjects(NSD_DIR, SUBJECTS, N_SESSIONS)
     for name in [name for name in todo if (output / name).exists() and not OVERWRITE]:
         notes[name] = read_note(output / name, settings | {"sessions": todo.pop(name)})
-    people, shared = survey(NSD_DIR, todo, TRIALS_PER_SESSION) if todo else ([], [])
+    shown, shared = survey(NSD_DIR, todo, TRIALS_PER_SESSION) if todo else ({}, [])
     mask = read_mask(NSD_DIR, RSC_DIR) if todo else {}
     with lock(output):
-        for person in people:
-            with output_folder(output / person.name, overwrite=OVERWRITE, marker=NOTE) as folder:
-                notes[person.name] = settings | write_subject(NSD_DIR, person, shared, mask, folder)
-                (folder / NOTE).write_text(json.dumps(notes[person.name]))
-    written = pd.DataFrame(notes).T[list(CHALLENGE)]
-    print(written.join(pd.DataFrame(CHALLENGE, EVERYBODY), rsuffix=" (challenge)").sort_index().T.to_string())
+        for name in todo:
+            with output_folder(output / name, overwrite=OVERWRITE, marker=NOTE) as folder:
+                notes[name] = settings | write_subject(NSD_DIR, name, shown[name], shared, mask, folder)
+                (folder / NOTE).write_text(json.dumps(notes[name]))
+    challenge = pd.DataFrame(CHALLENGE, EVERYBODY).add_suffix(" (challenge)")
+    print(pd.DataFrame(notes).T[list(CHALLENGE)].join(challenge).sort_index().T.to_string())
 
 
 if __name__ == "__main__":

@@ -13,14 +13,12 @@ import json
 import shutil
 from pathlib import Path
 
-import h5py
 import numpy as np
 import scipy.io
-from PIL import Image
 
 import prepare_data
 from core.files import output_folder
-from core.settings import progress, run
+from core.settings import run
 from core.space import HEMIS
 from model import UserError
 from nsd import prepare_nsd
@@ -32,11 +30,11 @@ SUBJECTS: str = ""  # such as subj01,subj05; empty: all in CHALLENGE_DIR
 TRIALS_PER_SESSION: int = 744  # fewer only in miniature data
 OVERWRITE: bool = False  # prepare subjects again that are in OUTPUT_DIR already
 
-N_NSD_PICTURES = 73000  # ids below are NSD's own
-SIDE = 714  # px
+N_SHARED, N_OWN = 220, 64  # pictures of all subjects, of one alone
+FIRST_ID = 73000  # ids below are NSD's own
 DESIGN = "nsddata/experiments/nsdsynthetic/nsdsynthetic_expdesign.mat"
 STIMULI = "nsddata_stimuli/stimuli/nsdsynthetic/nsdsynthetic_stimuli.hdf5"
-COLOR_STIMULI = "nsddata_stimuli/stimuli/nsdsynthetic/nsdsynthetic_colorstimuli_{}.hdf5"  # a subject's own pictures
+OWN_STIMULI = "nsddata_stimuli/stimuli/nsdsynthetic/nsdsynthetic_colorstimuli_{}.hdf5"
 BETAS = "nsddata_betas/ppdata/{}/fsaverage/nsdsyntheticbetas_fithrf_GLMdenoise_RR/{}.betas_nsdsynthetic.mgh"
 NOTE = "prepare_synthetic.json"
 
@@ -60,34 +58,39 @@ def average_trials(betas, picture):
     return mean.astype(np.float32), ceiling
 
 
+def write_subject(root, name, picture, masks, folder):
+    """One subject's folder. picture (n_trials,): which one each trial shows, from 0; masks: roi_masks to copy."""
+    (folder / NOTE).write_text(json.dumps({"n_trials": len(picture)}))
+    shutil.copytree(masks, folder / "roi_masks")
+    for part in ("test_images", "test_fmri", "noise_ceiling"):
+        (folder / "test_split" / part).mkdir(parents=True)
+    ids = FIRST_ID + np.arange(N_SHARED + N_OWN)
+    ids[N_SHARED:] += N_OWN * prepare_nsd.EVERYBODY.index(name)  # nobody else's
+    names = [f"test-{row:04d}_nsd-{i:05d}.png" for row, i in enumerate(ids, start=1)]
+    outputs = [folder / "test_split/test_images" / name for name in names]
+    prepare_nsd.write_pictures(root / STIMULI, range(N_SHARED), outputs[:N_SHARED], side=714)
+    prepare_nsd.write_pictures(root / OWN_STIMULI.format(name), range(N_OWN), outputs[N_SHARED:], side=714)
+    for hemi in HEMIS:
+        vertices = np.flatnonzero(np.load(masks / f"{hemi}.all-vertices_fsaverage_space.npy"))
+        betas = prepare_nsd.read_trials(root / BETAS.format(name, hemi), len(picture), vertices)
+        activity, ceiling = average_trials(betas, picture)
+        np.save(folder / f"test_split/test_fmri/{hemi}_test_fmri.npy", activity)
+        np.save(folder / f"test_split/noise_ceiling/{hemi}_noise_ceiling.npy", ceiling)
+        print(f"{name} {hemi}: {len(vertices)} vertices, median noise ceiling {np.median(ceiling):.3f}")
+
+
 def main():
     root, names = Path(NSD_DIR), [s.name for s in prepare_data.read_folder(CHALLENGE_DIR, SUBJECTS)]
     betas = [BETAS.format(name, hemi) for name in names for hemi in HEMIS]
-    prepare_nsd.require(root, [DESIGN, STIMULI, *map(COLOR_STIMULI.format, names), *betas])
+    prepare_nsd.require(root, [DESIGN, STIMULI, *map(OWN_STIMULI.format, names), *betas])
     for path in betas:
         prepare_nsd.check_betas(root / path, TRIALS_PER_SESSION)
     picture = scipy.io.loadmat(root / DESIGN)["masterordering"].ravel().astype(np.int64) - 1
-    if picture.min() != 0 or len(picture) != TRIALS_PER_SESSION:
-        raise UserError(f"{DESIGN} has {len(picture)} trials of pictures from {picture.min() + 1}, expected from 1.")
+    if (len(picture), picture.min(), picture.max()) != (TRIALS_PER_SESSION, 0, N_SHARED + N_OWN - 1):
+        raise UserError(f"{DESIGN} has other trials than {TRIALS_PER_SESSION} of pictures 1 to {N_SHARED + N_OWN}.")
     for name in names:
-        masks = Path(CHALLENGE_DIR) / name / "roi_masks"
         with output_folder(Path(OUTPUT_DIR) / name, overwrite=OVERWRITE, marker=NOTE) as folder:
-            (folder / NOTE).write_text(json.dumps({"n_trials": len(picture)}))
-            shutil.copytree(masks, folder / "roi_masks")
-            own = [FIRST_ID + N_SHARED + N_OWN * prepare_nsd.EVERYBODY.index(name) + i for i in range(N_OWN)]
-            pictures = [f"test-{row:04d}_nsd-{i:05d}.png" for row, i in enumerate(shared + own, start=1)]
-            for path, names in ((STIMULI, pictures[:N_SHARED]), (COLOR_STIMULI.format(name), pictures[N_SHARED:])):
-                images = folder / "test_split/test_images"
-                prepare_nsd.write_pictures(root / path, range(len(names)), names, images, side=714)
-            for part in ("test_fmri", "noise_ceiling"):
-                (folder / "test_split" / part).mkdir()
-            for hemi in HEMIS:
-                vertices = np.flatnonzero(np.load(masks / f"{hemi}.all-vertices_fsaverage_space.npy"))
-                trials = prepare_nsd.read_trials(root / BETAS.format(name, hemi), len(picture), vertices)
-                activity, ceiling = average_trials(trials, picture)
-                np.save(folder / f"test_split/test_fmri/{hemi}_test_fmri.npy", activity)
-                np.save(folder / f"test_split/noise_ceiling/{hemi}_noise_ceiling.npy", ceiling)
-                print(f"{name} {hemi}: {len(vertices)} vertices, median noise ceiling {np.median(ceiling):.3f}")
+            write_subject(root, name, picture, Path(CHALLENGE_DIR) / name / "roi_masks", folder)
 
 
 if __name__ == "__main__":

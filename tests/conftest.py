@@ -12,6 +12,7 @@ Helpers: from tests.conftest import run_stage, run_process, on_command_line, ass
 """
 
 import importlib
+import json
 import multiprocessing
 import os
 import runpy
@@ -111,6 +112,11 @@ def die_at(module, function, n):
         return original(*args, **kwargs)
 
     setattr(owner, name, trap)
+
+
+def read_log(path):
+    """One dict per validation of a training's log."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def assert_equal(a, b):

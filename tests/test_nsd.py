@@ -7,9 +7,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import h5py
 import nibabel
@@ -24,19 +21,22 @@ import prepare_data
 from core.space import HEMIS, N_FSAVERAGE, ROI_GROUPS
 from model import UserError
 from nsd import coco, export_flat, prepare_flat, prepare_nsd, prepare_synthetic
-from tests.simulated_nsd import ACQUIRED, BETAS, BRICK, DESIGN, INFO, N_SESSIONS, N_TRIALS
-from tests.simulated_nsd import simulate, write_bricks, write_mgh
+from tests.conftest import run_process, run_stage
+from tests.simulated_nsd import (
+    ACQUIRED,
+    BETAS,
+    BRICK,
+    DESIGN,
+    INFO,
+    N_SESSIONS,
+    N_TRIALS,
+    simulate,
+    write_bricks,
+    write_mgh,
+)
 
 FINISHED = {1: True, 3: False}  # whether a subject saw every shared picture three times
 LEVEL = 5 / 255  # of the activity in NSD-Flat
-
-
-def run(script, **constants):
-    """The script's real main() with these constants."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in constants.items():
-            patch.setattr(script, name, str(value) if isinstance(value, Path) else value)
-        script.main()
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def plain_folder(release, number):
 
 @pytest.fixture(scope="module")
 def challenge(release):
-    run(prepare_nsd, **settings(release, CHALLENGE_DIR=release / "challenge"))
+    run_stage(prepare_nsd, **settings(release, CHALLENGE_DIR=release / "challenge"))
     return release / "challenge"
 
 
@@ -165,21 +165,6 @@ def test_simulation_has_the_special_cases(release):
         assert [(y == 0).all(0).sum() for y in z.values()] == [1, 1]  # constant over all sessions
 
 
-def test_trials_are_read_in_pieces(release):
-    path = release / "nsd" / BETAS.format(1) / "lh.betas_session01.mgh"
-    betas = nibabel.load(path).get_fdata()[:, 0, 0]
-    vertices = np.flatnonzero(betas.any(1))
-    assert (prepare_nsd.read_trials(path, N_TRIALS, vertices, at_once=5) == betas[vertices].T).all()
-
-
-DIES = """import os, runpy, signal, sys
-from PIL import Image
-calls, save = [], Image.Image.save
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-Image.Image.save = lambda *a: calls.append(1) or (save(*a) if len(calls) < {n} else die())
-runpy.run_module("nsd.prepare_nsd", run_name="__main__", alter_sys=True)"""
-
-
 def contents(folder):
     """{path: bytes} of the subjects in a challenge folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("subj*/**/*") if p.is_file()}
@@ -187,14 +172,13 @@ def contents(folder):
 
 def test_killed_run_continues_with_the_next_subject(release, challenge, tmp_path):
     values = settings(release, CHALLENGE_DIR=tmp_path)
-    words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in values.items()}
-    options = [part for name, text in words.items() for part in (f"--{name.lower()}", text)]
     n_first = len(list(challenge.glob("subj01/*/*_images/*")))
-    command = [sys.executable, "-c", DIES.format(n=n_first + 3), *options]
-    killed = subprocess.run(command, cwd=Path(prepare_data.__file__).parent, stderr=subprocess.PIPE, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    dies_at = ("PIL.Image", "Image.save", n_first + 3)  # in the second subject
+    code, output = run_process("nsd/prepare_nsd.py", dies_at=dies_at, **values)
+    assert code == -signal.SIGKILL, output
     dates = {p: p.stat().st_mtime_ns for p in tmp_path.glob("subj01/**/*")}
-    run(prepare_nsd, **values)
+    assert dates
+    run_stage(prepare_nsd, **values)
     assert dates == {p: p.stat().st_mtime_ns for p in tmp_path.glob("subj01/**/*")}
     assert contents(tmp_path) == contents(challenge) and sorted(os.listdir(tmp_path)) == ["subj01", "subj03"]
 
@@ -212,7 +196,7 @@ def test_every_missing_file_is_listed(release, tmp_path):
     for path in gone:
         (root / path).unlink()
     with pytest.raises(UserError) as error:
-        run(prepare_nsd, **settings(release, CHALLENGE_DIR=tmp_path / "challenge", NSD_DIR=root))
+        run_stage(prepare_nsd, **settings(release, CHALLENGE_DIR=tmp_path / "challenge", NSD_DIR=root))
     listed = [line[2:] for line in str(error.value).splitlines() if line.startswith("  ")]
     assert sorted(listed) == sorted(f"s3://natural-scenes-dataset/{path}" for path in gone)
 
@@ -239,7 +223,7 @@ def test_inputs_that_shift_pictures_are_refused(damage, release, tmp_path):
     root = linked_copy(release, tmp_path / "nsd")
     damage(root / (DESIGN if damage is count_from_0 else f"{BETAS.format(1)}/rh.betas_session02.mgh"))
     with pytest.raises(UserError):
-        run(prepare_nsd, **settings(release, CHALLENGE_DIR=tmp_path / "challenge", NSD_DIR=root, SUBJECTS="subj01"))
+        run_stage(prepare_nsd, **settings(release, CHALLENGE_DIR=tmp_path / "challenge", NSD_DIR=root, SUBJECTS="subj01"))
     assert not list(tmp_path.glob("challenge/subj*"))
 
 
@@ -248,14 +232,14 @@ def test_folders_are_neither_mixed_nor_lost(release, challenge, tmp_path):
     shutil.copytree(challenge, tmp_path / "challenge")
     for changes in (dict(N_SESSIONS=(5, 40, 5)), dict(RSC_DIR="")):
         with pytest.raises(UserError, match="was made with"):
-            run(prepare_nsd, **values | changes)
-    run(prepare_nsd, **values | dict(NSD_DIR=tmp_path / "deleted", SUBJECTS="subj01,subj03"))  # raw files may be gone
-    run(prepare_nsd, **values | dict(OVERWRITE=True, SUBJECTS="subj01"))
+            run_stage(prepare_nsd, **values | changes)
+    run_stage(prepare_nsd, **values | dict(NSD_DIR=tmp_path / "deleted", SUBJECTS="subj01,subj03"))  # raw files may be gone
+    run_stage(prepare_nsd, **values | dict(OVERWRITE=True, SUBJECTS="subj01"))
     assert contents(tmp_path / "challenge") == before
     (tmp_path / "challenge/subj01/prepare_nsd.json").unlink()  # like the challenge's download
     for overwrite in (False, True):
         with pytest.raises(UserError):
-            run(prepare_nsd, **values | dict(OVERWRITE=overwrite))
+            run_stage(prepare_nsd, **values | dict(OVERWRITE=overwrite))
     assert contents(tmp_path / "challenge") == {k: v for k, v in before.items() if k != "subj01/prepare_nsd.json"}
 
 
@@ -264,10 +248,10 @@ def test_folders_are_neither_mixed_nor_lost(release, challenge, tmp_path):
 
 def export(release, folder, **values):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export_flat, "ROWS_A_SHARD", 20)
-        patch.setattr(export_flat, "ROWS_A_GROUP", 7)
+        patch.setattr(export_flat, "ROWS_PER_SHARD", 20)
+        patch.setattr(export_flat, "ROWS_PER_GROUP", 7)
         inputs = dict(COCO_DIR=release / "coco", SURFACE_DIR=release / "surface")
-        run(export_flat, **settings(release, FLAT_DIR=folder, **inputs | values))
+        run_stage(export_flat, **settings(release, FLAT_DIR=folder, **inputs | values))
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +313,7 @@ def test_flat_rows_are_the_derivation(release, flat):
 
 
 def test_data_are_the_means_of_the_flat_maps(flat, challenge, tmp_path):
-    run(prepare_flat, FLAT_DIR=flat, DATA_DIR=tmp_path / "pixels", SEED=3)
+    run_stage(prepare_flat, FLAT_DIR=flat, DATA_DIR=tmp_path / "pixels", SEED=3)
     data, expected, taught = prepare_data.load(tmp_path / "pixels"), {}, set()
     for split in ("train", "test"):
         for row in read_table(flat, split).to_pylist():
@@ -351,7 +335,7 @@ def test_data_are_the_means_of_the_flat_maps(flat, challenge, tmp_path):
     left = pixels % 200 < 100
     assert left[: space.n_lh].all() and not left[space.n_lh :].any() and not mask.all()
     assert set(data.nsd_ids[: data.n_training_images]) == taught
-    run(prepare_data, CHALLENGE_DIR=challenge, DATA_DIR=tmp_path / "vertices", SEED=3)
+    run_stage(prepare_data, CHALLENGE_DIR=challenge, DATA_DIR=tmp_path / "vertices", SEED=3)
     vertices = prepare_data.load(tmp_path / "vertices")  # the same training pictures, so the same splits
     splits = [dict(zip(zip(d.subject, d.nsd_ids[d.image]), d.split)) for d in (data, vertices)]
     assert splits[0] == splits[1] and vertices.space.mask.sum(1).tolist() == [84, 81]
@@ -365,15 +349,14 @@ def test_older_revision_strays_and_one_subject(flat, tmp_path):
         pyarrow.parquet.write_table(table, tmp_path / f"old/{split}.parquet")
     for stray in ("._train.parquet", "Thumbs.db", "@eaDir/train.parquet"):
         (tmp_path / "old" / stray).write_bytes(b"stray")
-    run(prepare_flat, FLAT_DIR=flat, DATA_DIR=tmp_path / "both")
+    run_stage(prepare_flat, FLAT_DIR=flat, DATA_DIR=tmp_path / "both")
     both = prepare_data.load(tmp_path / "both")
     has = both.space.mask[1].numpy()
-    for pattern in ("old", "old/*.parquet"):
-        run(prepare_flat, FLAT_DIR=tmp_path / pattern, DATA_DIR=tmp_path / "one", SUBJECTS="subj03", OVERWRITE=True)
-        one = prepare_data.load(tmp_path / "one")
-        assert one.space.mask.all() and (one.activity == both.activity[both.subject == 1][:, has]).all()
-        assert (one.test_activity == both.test_activity[both.test_subject == 1][:, has]).all()
-        assert (one.images[one.image] == both.images[both.image[both.subject == 1]]).all()
+    run_stage(prepare_flat, FLAT_DIR=tmp_path / "old", DATA_DIR=tmp_path / "one", SUBJECTS="subj03")
+    one = prepare_data.load(tmp_path / "one")
+    assert one.space.mask.all() and (one.activity == both.activity[both.subject == 1][:, has]).all()
+    assert (one.test_activity == both.test_activity[both.test_subject == 1][:, has]).all()
+    assert (one.images[one.image] == both.images[both.image[both.subject == 1]]).all()
 
 
 def test_incomplete_and_repeated_shards_are_refused(flat, tmp_path):
@@ -382,7 +365,7 @@ def test_incomplete_and_repeated_shards_are_refused(flat, tmp_path):
     for change in (lambda: shutil.copy(first, second), second.unlink):
         change()
         with pytest.raises(UserError, match="same trial|of 3 train shards"):
-            run(prepare_flat, FLAT_DIR=tmp_path / "flat", DATA_DIR=tmp_path / "data")
+            run_stage(prepare_flat, FLAT_DIR=tmp_path / "flat", DATA_DIR=tmp_path / "data")
 
 
 def test_export_continues_where_it_ended(release, flat, tmp_path):
@@ -415,10 +398,10 @@ def test_coco_annotations_are_cropped_and_scaled():
     instances = [about | {"segmentation": outline} for outline in outlines]
     picture = {"height": 850, "width": 1000, "captions": [], "instances": instances}
     objects, _ = coco.convert(picture, (0, 0, 0.1, 0.05))  # x from 100 on was shown, halved
-    assert [o["area"] for o in objects] == [1000, 150 * 40, 200 * 12 + 1]
-    assert objects[1]["bbox"] == [0, 20, 150, 40.1] and objects[1]["target"] == 1
-    assert objects[1]["segmentation"]["poly"] == [[0, 20, 150, 20, 150, 60.1, 0, 60.1]]
-    runs = {"size": [425, 425], "counts": objects[2]["segmentation"]["counts"]}
+    assert objects["area"] == [1000, 150 * 40, 200 * 12 + 1]
+    assert objects["bbox"][1] == [0, 20, 150, 40.1] and objects["target"] == [1, 1, 1]
+    assert objects["segmentation"][1]["poly"] == [[0, 20, 150, 20, 150, 60.1, 0, 60.1]]
+    runs = {"size": [425, 425], "counts": objects["segmentation"][2]["counts"]}
     assert (coco.coco_mask.decode(runs) == mask).all()
 
 
@@ -428,7 +411,7 @@ def test_coco_annotations_are_cropped_and_scaled():
 def test_synthetic_folder_is_the_derivation(release, challenge, tmp_path, monkeypatch):
     rng, root = np.random.default_rng(0), tmp_path / "nsd"
     write_bricks(root / prepare_synthetic.STIMULI, 6, (720, 740), range(6), rng)
-    write_bricks(root / prepare_synthetic.COLOR_STIMULI.format("subj03"), 3, (720, 740), range(3), rng)
+    write_bricks(root / prepare_synthetic.OWN_STIMULI.format("subj03"), 3, (720, 740), range(3), rng)
     order = rng.permutation([0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 8, 8])
     (root / prepare_synthetic.DESIGN).parent.mkdir(parents=True)
     scipy.io.savemat(root / prepare_synthetic.DESIGN, {"masterordering": order[None] + 1.0})
@@ -440,8 +423,8 @@ def test_synthetic_folder_is_the_derivation(release, challenge, tmp_path, monkey
         betas[hemi] = series.astype(np.float32)
         write_mgh(root / prepare_synthetic.BETAS.format("subj03", hemi), dict(zip(vertices, betas[hemi].T)), 21)
     output = tmp_path / "synthetic"
-    run(prepare_synthetic, NSD_DIR=root, CHALLENGE_DIR=challenge, OUTPUT_DIR=output, SUBJECTS="subj03",
-        TRIALS_PER_SESSION=21)  # fmt: skip
+    run_stage(prepare_synthetic, NSD_DIR=root, CHALLENGE_DIR=challenge, OUTPUT_DIR=output, SUBJECTS="subj03",
+        TRIALS_PER_SESSION=21, N_SHARED=6, N_OWN=3)  # fmt: skip
     m = (6 / 2 + 1 / 3 + 1 / 2 + 1 / 4) / 9
     for hemi in HEMIS:
         activity = np.load(output / f"subj03/test_split/test_fmri/{hemi}_test_fmri.npy")
@@ -458,7 +441,7 @@ def test_synthetic_folder_is_the_derivation(release, challenge, tmp_path, monkey
             assert abs(ceiling[v] - signal_to_noise / (signal_to_noise + m)) < 1e-9
         assert 0.5 < np.median(ceiling) < 1
     pictures = sorted(output.glob("subj03/test_split/test_images/*"))
-    ids = [*range(73000, 73006), *range(73134, 73137)]
+    ids = [*range(73000, 73006), *range(73012, 73015)]
     assert [p.name for p in pictures] == [f"test-{row:04d}_nsd-{i:05d}.png" for row, i in enumerate(ids, start=1)]
-    with h5py.File(root / prepare_synthetic.COLOR_STIMULI.format("subj03")) as file:
+    with h5py.File(root / prepare_synthetic.OWN_STIMULI.format("subj03")) as file:
         assert (np.asarray(Image.open(pictures[6])) == file["imgBrick"][0, 3:717, 13:727]).all()

@@ -15,20 +15,19 @@ from optuna.trial import TrialState
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
 
-import core.files
 import fit_pca
 import prepare_data
 import train_head
-from core import checkpoint, training
+from core import training
 from core.checkpoint import load_checkpoint
 from core.settings import constants, override
 from core.space import Space
-from model import Crops, Trunk, UserError, trunk_outputs
-from tests.conftest import TINY, assert_equal, run_process, run_stage
+from model import Crops, Trunk, UserError
+from tests.conftest import TINY, assert_equal, read_log, run_process, run_stage
 from tools import compare_trunks, ridge, search
 
 N_PICTURES, N_LH, N_VERTICES = 120, 20, 36
-TRAINING = dict(TRUNK=TINY, PRETRAINED=False, IMAGE_SIZE=56, BATCH_SIZE=32, PRECISION="float32", DEVICE="cpu", SEED=7)
+TRAINING = dict(TRUNK=TINY, PRETRAINED=False, IMAGE_SIZE=28, BATCH_SIZE=24, PRECISION="float32", DEVICE="cpu", SEED=7)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +46,7 @@ def fitted(tmp_path_factory):
     subjects = ["subj01", "subj02", "subj05"]
     space = Space(subjects, vertices, N_LH, torch.from_numpy(mask), {"streams": streams})
     tuning = rng.normal(0, 1, (3, 3, N_VERTICES)) + 2 * rng.normal(0, 1, (3, N_VERTICES))
-    activity = [(colours[own] - 0.5) @ tuning[s] * mask[s] for s, own in enumerate(seen)]
-    activity = np.concatenate(activity)
+    activity = np.concatenate([(colours[own] - 0.5) @ tuning[s] * mask[s] for s, own in enumerate(seen)])
     activity = activity / activity.std() + rng.normal(0, 0.7, activity.shape) * np.repeat(mask, 80, axis=0)
     split = prepare_data.split_pictures(np.stack([np.isin(np.arange(N_PICTURES), own) for own in seen], 1), 0)
     image = np.concatenate(seen)
@@ -61,6 +59,11 @@ def fitted(tmp_path_factory):
     )  # fmt: skip
     run_stage(fit_pca, DATA_DIR=folder, PCA_DIM=16, DEVICE="cpu")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr(training, "save_curves", lambda *_: None)  # slow
 
 
 # ---- many heads on one trunk ---------------------------------------------------------------------
@@ -81,7 +84,7 @@ def test_heads_together_end_as_each_alone(fitted, tmp_path):
     settings = [shared | own | dict(RUN_DIR=str(tmp_path / "together")) for own in differing]
     data = prepare_data.load(fitted)
     pca = fit_pca.load(fitted, data)
-    trunk = Trunk(TINY, "0,1,2", image_size=56, pretrained=False, seed=7)
+    trunk = Trunk(TINY, "0,1,2", image_size=28, pretrained=False, seed=7)
     learners = [
         train_head.new_learner(trunk, s, f"{i}.pt", data, pca, torch.device("cpu"), torch.float32)
         for i, s in enumerate(settings)
@@ -106,10 +109,6 @@ def trials_of(folder):
     return optuna.load_study(storage=storage, study_name="search").get_trials()
 
 
-def count(trials, state):
-    return sum(trial.state == state for trial in trials)
-
-
 def assert_is_best(folder, fitted, tmp_path):
     """head.pt is the best scored trial's, as train_head.py trains it with the constants of that row."""
     best = max((t for t in trials_of(folder) if t.state == TrialState.COMPLETE), key=lambda t: t.value)
@@ -127,15 +126,16 @@ def test_search(fitted, tmp_path, capsys, monkeypatch):
     """Finds a trial better than the first; a diverged one counts; the study continues and is not mixed with others."""
     is_finite, diverged = training.Learner.is_finite, "trial-0003.pt"
     monkeypatch.setattr(training.Learner, "is_finite", lambda self: self.output.name != diverged and is_finite(self))
-    written, save = [], core.files.save_torch
-    monkeypatch.setattr(core.files, "save_torch", lambda path, *a: written.append(path) or save(path, *a))
-    for module in (training, checkpoint):
-        monkeypatch.setattr(module, "save_torch", core.files.save_torch)
+    written, save = [], search.save_checkpoint
     settings = SEARCH | dict(DATA_DIR=fitted, HEADS=2, LEARNING_RATE_RANGE=(5e-4, 3e-2))
     folder = tmp_path / "study"
-    run_stage(search, **settings, RUN_DIR=folder, TRIALS=2)
-    run_stage(search, **settings, RUN_DIR=folder, TRIALS=7)
-    assert set(written) == {folder / "head.pt"} and len(written) <= 4  # once a round at most
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "save_checkpoint", lambda path, *a, **k: written.append(path) or save(path, *a, **k))
+        patch.setattr(training, "save_checkpoint", None)  # would hold the embedding once per head
+        patch.setattr(training, "save_torch", None)
+        run_stage(search, **settings, RUN_DIR=folder, TRIALS=2)
+        run_stage(search, **settings, RUN_DIR=folder, TRIALS=7)
+    assert set(written) == {folder / "head.pt"} and len(written) <= 4  # at most once per round
     trials = trials_of(folder)
     assert set(trials[0].params) == {name.removesuffix("_RANGE").removesuffix("_CHOICES") for name in RANGES}
     usual = dict(LEARNING_RATE=6e-4, WEIGHT_DECAY=0.8, FEATURE_DROPOUT=0.9, PCA_DIM=16)
@@ -168,12 +168,12 @@ def test_processes_share_a_study_and_a_killed_round_does_not_count(fitted, tmp_p
     second_round = ("core.training", "train_step", 15)
     assert run_process("tools/search.py", dies_at=second_round, **settings)[0] == -signal.SIGKILL
     killed = trials_of(folder)
-    assert count(killed, TrialState.COMPLETE) == 2 and count(killed, TrialState.RUNNING) == 2
+    assert [trial.state.name for trial in killed] == ["COMPLETE"] * 2 + ["RUNNING"] * 2
     with ThreadPoolExecutor(2) as pool:
         ends = list(pool.map(lambda _: run_process("tools/search.py", **settings), range(2)))
     assert [code for code, _ in ends] == [0, 0], ends
     trials = trials_of(folder)
-    assert count(trials, TrialState.COMPLETE) == 6 and count(trials, TrialState.FAIL) == 2 and len(trials) == 8
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 2 + ["FAIL"] * 2 + ["COMPLETE"] * 4
     assert [t.value for t in trials[:2]] == [t.value for t in killed[:2]]
     assert len({tuple(t.params.items()) for t in trials}) == 8
     assert_is_best(folder, fitted, tmp_path)
@@ -210,8 +210,8 @@ def test_winner_is_trained_in_full(tmp_path):
 
 # ---- the comparison of trunks --------------------------------------------------------------------
 
-OTHER = "vit_tiny_patch16_224.augreg_in21k"
-TRUNKS = TRAINING | dict(IMAGE_SIZE=112, LAYERS="0", LATENT_DIM=16, LEARNING_RATE=0.03, STEPS=30, VALIDATE_EVERY=5,
+OTHER = "vit_small_patch14_reg4_dinov2.lvd142m"
+TRUNKS = TRAINING | dict(LAYERS="0", LATENT_DIM=16, LEARNING_RATE=0.03, STEPS=30, VALIDATE_EVERY=5,
                          FEATURE_DROPOUT=0.2, SEEDS=2, RESAMPLES=20)  # fmt: skip
 del TRUNKS["TRUNK"]
 
@@ -223,30 +223,23 @@ def compared(fitted, tmp_path_factory):
     return folder
 
 
-def ridge_features(trunk, data):
-    """Class token and mean patch token of every training picture, by numpy."""
-    images = torch.from_numpy(np.array(data.images[: data.n_training_images]))
-    [tokens] = trunk_outputs(trunk, images, [lambda features: features[0]])
-    return np.concatenate([tokens[:, 0], tokens[:, trunk.n_prefix :].mean(1)], axis=1).astype(np.float64)
-
-
+@torch.no_grad()
 def expected_predictions(folder, data):
     """{(method, seed): per subject (n_val_samples, n_vertices of the subject)}, by scikit-learn and predict()."""
     heads = [load_checkpoint(folder / TINY / f"seed-{i}.pt")[0] for i in range(2)]
-    features = ridge_features(heads[0].trunk, data)
-    crops = Crops(heads[0].trunk)
+    trunk, pictures = heads[0].trunk, torch.from_numpy(np.array(data.images[: data.n_training_images]))
+    images = Crops(trunk).whole(pictures)
+    tokens = trunk(images)[0].double().numpy()
+    features = np.concatenate([tokens[:, 0], tokens[:, trunk.n_prefix :].mean(1)], axis=1)  # class, mean patch token
     predictions = {("head", 0): [], ("head", 1): [], ("ridge", 0): []}
     for s in range(3):
         mask, train, val = data.space.mask[s].numpy(), data.samples("train", s), data.samples("val", s)
-        images = crops.whole(torch.from_numpy(np.array(data.images[data.image[val]])))
         for i, encoder in enumerate(heads):
-            with torch.no_grad():
-                z = encoder(images, torch.full((len(val),), s))
-            predictions["head", i].append(encoder.head.decode(z).detach().numpy()[:, mask])
+            z = encoder(images[data.image[val]], torch.full((len(val),), s))
+            predictions["head", i].append(encoder.head.decode(z).numpy()[:, mask])
         x = features[data.image[train]]
         mean, deviation = x.mean(0), x.std(0)
-        penalties = ridge.PENALTIES if hasattr(ridge, "PENALTIES") else ridge.penalties
-        model = RidgeCV(np.array(penalties) * x.shape[1], alpha_per_target=True)
+        model = RidgeCV(np.array(ridge.PENALTIES) * x.shape[1], alpha_per_target=True)
         model.fit((x - mean) / deviation, data.read_activity(train)[:, mask].astype(np.float64))
         predictions["ridge", 0].append(model.predict((features[data.image[val]] - mean) / deviation))
     return predictions
@@ -256,7 +249,7 @@ def test_trunk_table_against_an_independent_computation(compared, fitted):
     """Scores of the best checkpoints, ridge fitted on training samples, streams, and resamples of pictures."""
     data = prepare_data.load(fitted)
     rows = json.loads((compared / TINY / "scores.json").read_text())["rows"]
-    logs = [training.read_log(compared / TINY / f"seed-{i}.jsonl") for i in range(2)]
+    logs = [read_log(compared / TINY / f"seed-{i}.jsonl") for i in range(2)]
     assert any(max(entry["val_r2"] for entry in log) > log[-1]["val_r2"] + 1e-3 for log in logs)  # the best is not last
     val = [data.samples("val", s) for s in range(3)]
     activity = [data.read_activity(own)[:, data.space.mask[s]].astype(np.float64) for s, own in enumerate(val)]
@@ -285,15 +278,13 @@ def test_trunk_table_against_an_independent_computation(compared, fitted):
 
 def test_trunks_csv(compared):
     table = pd.read_csv(compared / "trunks.csv")
-    lines = sorted(zip(table["trunk"], table["method"]))
-    assert lines == [(trunk, method) for trunk in (TINY, OTHER) for method in ("head", "ridge")]
+    assert sorted(table["trunk"] + table["method"]) == [t + m for t in (TINY, OTHER) for m in ("head", "ridge")]
     assert table["val_r2"].is_monotonic_decreasing and table["report"].isna().all()
     for line in table.itertuples():
-        found = json.loads((compared / line.trunk / "scores.json").read_text())["rows"]
-        found = [row for row in found if row["method"] == line.method]
-        values = [row["val_r2"] for row in found]
+        rows = json.loads((compared / line.trunk / "scores.json").read_text())["rows"]
+        values, early = zip(*((row["val_r2"], row["val_r2_early"]) for row in rows if row["method"] == line.method))
         assert line.n_seeds == len(values) and line.val_r2 == pytest.approx(np.mean(values))
-        assert line.val_r2_early == pytest.approx(np.mean([row["val_r2_early"] for row in found]))
+        assert line.val_r2_early == pytest.approx(np.mean(early))
         assert np.isnan(line.deviation) or line.deviation == pytest.approx(np.std(values, ddof=1))
         assert line.low <= line.difference <= line.high
 
@@ -305,24 +296,26 @@ def test_finished_trunks_are_kept(compared, fitted, capsys):
     settings = TRUNKS | dict(DATA_DIR=fitted, RUN_DIR=compared)
     run_stage(compare_trunks, **settings, TRUNKS=(TINY,))  # the others stay in the table
     assert checkpoint.stat().st_mtime_ns == before and (compared / "trunks.csv").read_bytes() == table
-    assert "too short to compare" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "too short to compare" in output and "does not cover seeds" in output
     made = [load_checkpoint(compared / TINY / f"seed-{i}.pt")[2]["made_with"] for i in range(2)]
     assert {name for name in made[0] if made[0][name] != made[1][name]} == {"SEED"}
+    assert (made[0]["LATENT_DIM"], made[0]["LAYERS"], made[0]["LEARNING_RATE"]) == (16, "0", 0.03)
     with pytest.raises(UserError, match="STEPS: 30 before, 7 now"):
         run_stage(compare_trunks, **settings | dict(STEPS=7), TRUNKS=(TINY,))
-    with pytest.raises(UserError, match=r"(?s)blocks 0 to 11.*vit_nothing"):
-        settings |= dict(LAYERS="12", RUN_DIR=compared / "new")
-        run_stage(compare_trunks, **settings, TRUNKS=(TINY, "vit_nothing"))
+    for changes in (dict(LAYERS="12", TRUNKS=(TINY,)), dict(TRUNKS=(TINY, "vit_nothing"))):
+        with pytest.raises(UserError, match="blocks 0 to 11|build vit_nothing"):
+            run_stage(compare_trunks, **settings | dict(RUN_DIR=compared / "new") | changes)
     assert not (compared / "new").exists()
 
 
 def test_a_trunk_that_fails_leaves_the_others(fitted, tmp_path, monkeypatch):
     create = compare_trunks.Trunk
 
-    def without_weights(name, *arguments, pretrained=True, **options):
+    def without_weights(name, layers, pretrained, **options):
         if name == OTHER and pretrained:
             raise UserError("no pretrained weights")
-        return create(name, *arguments, **options | dict(pretrained=False))
+        return create(name, layers, pretrained=False, **options)
 
     monkeypatch.setattr(compare_trunks, "Trunk", without_weights)
     settings = TRUNKS | dict(DATA_DIR=fitted, PRETRAINED=True, SEEDS=1, STEPS=2, RIDGE=False)

@@ -28,8 +28,18 @@ from core.checkpoint import load_checkpoint
 from core.files import load_torch
 from core.settings import constants
 from core.space import HEMIS
-from model import Crops, Encoder, Head, Trunk, UserError, smallest_crop
-from tests.conftest import HEAD, ROOT, SIMULATED, TRAINING, assert_equal, on_command_line, run_process, run_stage
+from model import Crops, Encoder, Head, Trunk, UserError
+from tests.conftest import (
+    HEAD,
+    ROOT,
+    SIMULATED,
+    TRAINING,
+    assert_equal,
+    on_command_line,
+    read_log,
+    run_process,
+    run_stage,
+)
 from tools.simulate import planted_fields
 
 ATTENTION = ("q_bias", "v_bias", "qkv.weight", "proj.weight", "proj.bias")  # of EVA02-tiny
@@ -180,7 +190,7 @@ def test_training_sees_the_training_samples_with_their_targets(spied, data_dir, 
     y = np.concatenate([files.common for files in subjects.values()])[rows]
     z = (y - pca.mean.numpy()) @ pca.components.numpy()
     np.testing.assert_allclose(seen["latents"], z, rtol=1e-2, atol=1e-2)  # stored as float16
-    assert seen["size"].min() >= smallest_crop(0.8) and len(torch.unique(seen["size"])) > 20
+    assert seen["size"].min() >= round(256 * 0.8**0.5) and len(torch.unique(seen["size"])) > 20
 
 
 def test_steps_are_adamw_on_the_vertices(spied, data_dir, tmp_path):
@@ -191,7 +201,7 @@ def test_steps_are_adamw_on_the_vertices(spied, data_dir, tmp_path):
     trained, before = spied["encoder"].head, spied["before"]
     head, trunk = copy.deepcopy(trained).train().double().requires_grad_(True), spied["encoder"].trunk
     head.load_state_dict({n.removeprefix("head."): v for n, v in before.items() if n.startswith("head.")})
-    crops, parameters = Crops(trunk, smallest_crop(0.8)), dict(head.named_parameters())
+    crops, parameters = Crops(trunk, 0.8), dict(head.named_parameters())
     first, second = ({n: torch.zeros_like(p) for n, p in parameters.items()} for _ in range(2))
     losses, rates = [], [0.002, 0.01, 0.006]  # the minimum, the peak, half of the way down
     for t, (batch, rate) in enumerate(zip(spied["batches"], rates, strict=True), start=1):
@@ -213,7 +223,7 @@ def test_steps_are_adamw_on_the_vertices(spied, data_dir, tmp_path):
     for name, p in trained.named_parameters():
         # a weight whose gradient drowns in float32's rounding may step anywhere; there are few
         assert (p - parameters[name]).norm() < 0.01 * (p - before["head." + name]).norm(), name
-    log = [entry["train_loss"] for entry in training.read_log(tmp_path / "train_head.jsonl")]
+    log = [entry["train_loss"] for entry in read_log(tmp_path / "train_head.jsonl")]
     np.testing.assert_allclose(log[1:], [np.mean(losses[:2]), losses[2]], rtol=1e-4)
 
 
@@ -231,7 +241,7 @@ def test_what_each_phase_trains(run_dir, finetuned_dir):
 
 @pytest.mark.parametrize("stage, name", [("train_head", "head.pt"), ("finetune", "finetuned.pt")])
 def test_log_and_best_checkpoint(stage, name, finetuned_dir, data_dir, subjects):
-    log = training.read_log(finetuned_dir / f"{stage}.jsonl")
+    log = read_log(finetuned_dir / f"{stage}.jsonl")
     assert log[0]["step"] == 0 and log[0]["train_loss"] is None and log[1]["train_loss"] > 0
     best = max(log, key=lambda entry: entry["val_r2"])
     encoder, _, info = load_checkpoint(finetuned_dir / name)
@@ -308,7 +318,7 @@ def test_killed_runs_continue_exactly(data_dir, tmp_path):
         assert_equal(*({k: v for k, v in each[0][2].items() if k != "added"} for each in (whole, killed)))
         logs = [without_times(each[2]["learners"][0].pop("log")) for each in (whole, killed)]
         assert_equal(whole[2], killed[2])
-        assert logs[0] == logs[1] == without_times(training.read_log(folders[1] / f"{stage}.jsonl"))
+        assert logs[0] == logs[1] == without_times(read_log(folders[1] / f"{stage}.jsonl"))
 
 
 def test_many_heads_train_as_each_alone(data_dir, tmp_path, capsys):
@@ -361,7 +371,7 @@ def test_two_processes_are_one(data_dir, tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     for stage, name in (("train_head", "head.pt"), ("finetune", "finetuned.pt")):
-        one, two = (without_times(training.read_log(tmp_path / n / f"{stage}.jsonl")) for n in ("one", "two"))
+        one, two = (without_times(read_log(tmp_path / n / f"{stage}.jsonl")) for n in ("one", "two"))
         assert [entry["step"] for entry in one] == [entry["step"] for entry in two]
         for a, b in zip(one, two):
             np.testing.assert_allclose(*([v or 0 for v in e.values()] for e in (a, b)), rtol=1e-4, atol=1e-5)

@@ -87,7 +87,7 @@ def main():
             save_contrast(folder / name, flat, s, activity, f"{name}: {title}")
         pd.concat(tables).to_csv(folder / "rois.csv", index=False)
         pictures = pd.concat(pictures)
-        pictures[["condition", "file", "width", "height"]].to_csv(folder / "pictures.csv", index=False)
+        pictures.drop(columns="picture").to_csv(folder / "pictures.csv", index=False)
     print(f"wrote {OUTPUT_DIR}: {title}, {' and '.join(str(len(side[0])) for side in latents)} pictures")
     print(
         "t says how consistently pictures differ for the model; it needs two on either side and has no scanner noise."

@@ -6,15 +6,15 @@ OUTPUT_DIR gets
 
     report.html   one self-contained page: numbers, figures, the cortex in 3D, what made them
     scores.json   headlines with 95 % intervals, and what was scored
-    scores.csv    median and mean by prediction, subject, hemisphere, ROI group, ROI and metric; low, high: 95 % interval
+    scores.csv    averages by prediction, subject, hemisphere, ROI and metric; low, high: 95 % interval of score
     vertices.npz  every vertex: (n_subjects, n_vertices) per metric, NaN where missing; fsaverage indices
     figure_*.png  the report's figures 2 to 4
 """
 
-import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,6 @@ from core.settings import constants, run
 from core.space import HEMIS
 from model import UserError
 from tools import figures, page
-from tools.flatmap import save_figure
 
 DATA_DIR: str = "data"  # prepared data
 RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
@@ -39,7 +38,6 @@ CHALLENGE_DIR: str = prepare_data.CHALLENGE_DIR  # subjXX/test_split with test_f
 NOISE_CEILING_DIR: str = ""  # challenge folder with ceilings for val and test; empty: CHALLENGE_DIR
 OUTPUT_DIR: str = ""  # empty: evaluation_NAME_SPLIT beside the checkpoint, or evaluation in SUBMISSION
 FIGURES: bool = True  # false: scores only
-EXAMPLE_SUBJECT: str = ""  # whose pictures figure 4b shows; empty: the first (report: subject 1)
 OUTLINES: str = "streams"  # ROI group outlined on flat maps; empty: none
 FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
 RESAMPLES: int = 500  # of the pictures, for 95 % intervals; 0: none. Full size: 3.8 GB
@@ -49,11 +47,10 @@ PRECISION: str = "auto"  # auto, bfloat16, float16 or float32
 DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE: bool = False  # replace an evaluation that exists
 
-FEWEST_PICTURES = 10  # of a subject; below, there is no interval
-FEW_PICTURES = 100  # of a subject; below, the table warns
+FEWEST_PICTURES = 10  # of a subject; with fewer there is no interval
 N_EXAMPLES = 6  # of figure 4b
-SPLITS = {"val": "validation", "test": "private test", "heldout": "held-out pictures", "challenge": "challenge test"}
-SPLITS |= {"synthetic": "NSD-synthetic"}
+SPLITS = {"val": "validation", "test": "private test", "heldout": "held-out pictures"}
+SPLITS |= {"challenge": "challenge test", "synthetic": "NSD-synthetic"}
 TITLES = {"r2": "median R²", "r": "median r", "challenge": "challenge score"}
 
 
@@ -89,19 +86,18 @@ def read_ceilings(root, space):
 
 
 def choose_split(space, infos):
-    """The key of SPLITS for SPLIT. On the validation pictures of people added to a checkpoint nothing was chosen."""
+    """The key of SPLITS for SPLIT. Nothing was chosen on the validation pictures of people added to a checkpoint."""
     if SPLIT not in ("val", "test", "challenge"):
         raise UserError(f"SPLIT is {SPLIT!r}, expected val, test or challenge.")
     if SPLIT == "challenge" or SUBMISSION:
-        synthetic = any(Path(CHALLENGE_DIR).glob("*/prepare_synthetic.json")) and not SUBMISSION
-        return "synthetic" if synthetic else "challenge"
+        return "synthetic" if any(Path(CHALLENGE_DIR).glob("*/prepare_synthetic.json")) else "challenge"
     return "heldout" if all(set(space.subjects) <= set(info["added"]) for info in infos) else SPLIT
 
 
 def read_samples(data, split, s):
     """One subject's nsd ids (n,), pictures (n, 256, 256, 3) and activity (n, n_vertices), or None without activity."""
-    if split in ("val", "test", "heldout"):
-        parts = ("val", "test") if split == "heldout" else (split,)
+    parts = {"val": ["val"], "test": ["test"], "heldout": ["val", "test"]}.get(split)
+    if parts:
         rows = np.concatenate([data.samples(part, s) for part in parts])
         return data.nsd_ids[data.image[rows]], data.images[data.image[rows]], data.read_activity(rows)
     rows = data.test_image[data.test_subject == s]
@@ -110,7 +106,7 @@ def read_samples(data, split, s):
         return ids, images, data.test_activity[data.test_subject == s]
     folder = Path(CHALLENGE_DIR) / data.space.subjects[s] / "test_split"
     paths, listed = prepare_data.list_pictures(folder / "test_images")
-    if split == "synthetic" and paths:
+    if split == "synthetic" and paths and not SUBMISSION:
         ids, images = listed, np.stack(list(prepare_data.decode_pictures(paths)))
     elif paths and not np.array_equal(listed, ids):
         raise UserError(f"{folder}/test_images are not the test pictures that {DATA_DIR} was prepared with.")
@@ -118,7 +114,7 @@ def read_samples(data, split, s):
     return None if activity is None else (ids, images, activity)
 
 
-def trained_pictures(infos, data, split, s):
+def trained_pictures(infos, data, split, subject):
     """Nsd ids that predictions for a subject were trained on; of a submission all prepared training pictures.
 
     With the authors' splits none: they may train on a picture for one subject and score it for another, as the report.
@@ -127,7 +123,7 @@ def trained_pictures(infos, data, split, s):
     if data.splits == "authors" and same_data and split in ("val", "test"):
         return []
     trained = [info["train_nsd_ids"] for info in infos] or [data.nsd_ids[data.image[data.samples("train")]]]
-    return np.concatenate(trained + [info["added"].get(data.space.subjects[s], []) for info in infos])
+    return np.concatenate(trained + [info["added"].get(subject, []) for info in infos])
 
 
 def predictions(predictor, space, s, images):
@@ -145,50 +141,28 @@ def predictions(predictor, space, s, images):
 # ---- scores and intervals ------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Scored:
-    """One split, scored. A score is one vertex of one subject; challenge scores are NaN without noise ceiling."""
-
-    split: str
-    n_images: dict  # {subject: pictures}
-    n_left_out: dict  # {subject: pictures that the model was trained on}
-    n_pictures: int  # unique ones, of all subjects
-    maps: dict  # {(prediction, metric): (n_subjects, n_vertices)}, NaN where missing
-    table: pd.DataFrame  # of summarise()
-    ceilings: np.ndarray  # (n_subjects, n_vertices)
-    examples: list  # of choose_examples()
-
-    def __str__(self):
-        low, high = min(self.n_images.values()), max(self.n_images.values())
-        each = f"{low} pictures" if low == high else f"{low} to {high} pictures"
-        return f"{SPLITS[self.split]}, {each} per subject, {self.n_pictures} unique"
-
-    def headlines(self):
-        """Rows of the table for all vertices."""
-        return self.table[(self.table.roi_group == "all") & (self.table.hemisphere == "both")]
-
-
 def measure(data, split, predictor, infos, ceilings):
-    """Score all subjects -> Scored, or None without pictures."""
-    space, samples, left_out, examples = data.space, {}, {}, []
+    """Score a split -> split, n_images and n_left_out {subject: pictures}, n_pictures (unique ones), maps {(prediction,
+    metric): (n_subjects, n_vertices)}, table of summarise(), examples of choose_examples(); None without pictures."""
+    space, samples, left_out, examples = data.space, {}, {}, ()
     known = predictor.space.find(space) >= 0 if predictor else np.ones(space.n_vertices, bool)
     for s, subject in enumerate(space.subjects):
-        sample = read_samples(data, split, s) or ([],)
-        fresh = np.flatnonzero(~np.isin(sample[0], trained_pictures(infos, data, split, s)))
-        left_out[subject] = len(sample[0]) - len(fresh)
+        ids, *sample = read_samples(data, split, s) or [np.array([])]
+        fresh = np.flatnonzero(~np.isin(ids, trained_pictures(infos, data, split, subject)))
+        left_out[subject] = len(ids) - len(fresh)
         if left_out[subject]:
             print(f"{subject}: {left_out[subject]} pictures of {SPLITS[split]} left out, the model was trained on them")
         if len(fresh) > 1:  # R² needs two
-            samples[s] = *sample, fresh
+            samples[s] = fresh, ids[fresh], *sample
     if not samples:
         return None
-    pictures = np.unique(np.concatenate([ids[fresh] for ids, _, _, fresh in samples.values()]))
+    pictures = np.unique(np.concatenate([ids for _, ids, *_ in samples.values()]))
     weights, rows, scores, resampled = draw_pictures(len(pictures), RESAMPLES, SEED), [], {}, {}
-    for s, (ids, images, activity, fresh) in samples.items():
-        present, ids = space.present(s) & known, ids[fresh]
+    for s, (fresh, ids, images, activity) in samples.items():
+        present = space.present(s) & known
         y, ceiling = torch.from_numpy(activity[fresh][:, present]).float(), ceilings[s, present]
         drawn = weights[:, np.searchsorted(pictures, ids)] * (1 if len(ids) >= FEWEST_PICTURES else np.nan)
-        rows.append([np.full(present.sum(), s), np.flatnonzero(present)])
+        rows.append([np.full(len(ceiling), s), np.flatnonzero(present)])
         for prediction, values in predictions(predictor, space, s, images).items():
             values = values[fresh][:, present]
             own = {"r2": r2_score(y, values).numpy(), "r": pearson(y, values).numpy()}
@@ -196,25 +170,24 @@ def measure(data, split, predictor, infos, ceilings):
             for metric, repeated in resampled_scores(y, values, drawn, ceiling).items():
                 scores.setdefault((prediction, metric), []).append(own[metric])
                 resampled.setdefault((prediction, metric), []).append(repeated)
-            if prediction == "subject" and space.subjects[s] == (EXAMPLE_SUBJECT or space.subjects[min(samples)]):
-                examples = choose_examples(ids, images[fresh], y, values, present)
-    rows = np.concatenate(rows, 1)
-    scores = {key: np.concatenate(parts) for key, parts in scores.items()}
+            examples = examples or (space.subjects[s], choose_examples(ids, images[fresh], y, values, present))
+    rows, maps = np.concatenate(rows, 1), {("noise ceiling", "r2"): ceilings}
+    scores = {key: np.concatenate(parts) for key, parts in scores.items()} | {("noise ceiling", "r2"): ceilings[*rows]}
     scores = {key: values for key, values in scores.items() if np.isfinite(values).any()}
-    table = summarise(space, rows, scores, {key: np.concatenate(resampled[key], 1) for key in scores})
-    maps = {key: np.full(space.mask.shape, np.nan) for key in scores}
     for key, values in scores.items():
+        maps[key] = np.full(space.mask.shape, np.nan)
         maps[key][*rows] = values
-    n_images = {space.subjects[s]: len(sample[3]) for s, sample in samples.items()}
-    return Scored(split, n_images, left_out, len(pictures), maps, table, ceilings, examples)
+    table = summarise(space, rows, scores, {key: np.concatenate(resampled.pop(key), 1) for key in list(resampled)})
+    n_images = {space.subjects[s]: len(ids) for s, (_, ids, *_) in samples.items()}
+    counts = {"split": split, "n_images": n_images, "n_left_out": left_out, "n_pictures": len(pictures)}
+    return SimpleNamespace(**counts, maps=maps, table=table, examples=examples)
 
 
 def choose_examples(ids, images, activity, prediction, present):
     """Samples from the best predicted to the worst: [(nsd id, R² over vertices, picture, measured, predicted)], the last
     two (n_vertices of the common space,)."""
     r2, examples = r2_score(activity.T, prediction.T).numpy(), []
-    ranks = np.unique(np.linspace(0, len(r2) - 1, N_EXAMPLES).round().astype(int))
-    for i in np.argsort(-r2)[ranks]:
+    for i in np.argsort(-r2)[np.unique(np.linspace(0, len(r2) - 1, N_EXAMPLES).round().astype(int))]:
         maps = np.full((2, len(present)), np.nan)
         maps[:, present] = activity[i], prediction[i]
         examples.append((ids[i], r2[i], images[i], *maps))
@@ -235,13 +208,13 @@ def summarise(space, rows, scores, resampled):
         for hemi, side in (("both", s >= 0), ("lh", left), ("rh", ~left)):
             for (subject, member), (key, values) in itertools.product(members.items(), scores.items()):
                 chosen = np.flatnonzero(inside & side & member & np.isfinite(values))
-                if len(chosen):
-                    average = np.mean if key[1] == "challenge" else np.median
-                    score, ends = average(values[chosen]), None
-                    if hemi == "both" and (roi == ("all", "all") or key == ("subject", "r2")):
-                        ends = interval(score, average(resampled[key][:, chosen], axis=1))
-                    numbers = np.median(values[chosen]), np.mean(values[chosen]), len(chosen)
-                    table.append((key[0], subject, hemi, *roi, key[1], score, *(ends or (np.nan, np.nan)), *numbers))
+                if not len(chosen):
+                    continue
+                average, ends = np.mean if key[1] == "challenge" else np.median, None
+                if key in resampled and hemi == "both" and (roi == ("all", "all") or key == ("subject", "r2")):
+                    ends = interval(average(values[chosen]), average(resampled[key][:, chosen], axis=1))
+                numbers = average(values[chosen]), *(ends or (np.nan, np.nan)), np.median(values[chosen])
+                table.append((key[0], subject, hemi, *roi, key[1], *numbers, np.mean(values[chosen]), len(chosen)))
     columns = ["prediction", "subject", "hemisphere", "roi_group", "roi", "metric", "score", "low", "high"]
     return pd.DataFrame(table, columns=[*columns, "median", "mean", f"n_{space.unit}"])
 
@@ -290,54 +263,49 @@ def interval(score, resampled):
 # ---- what is written -----------------------------------------------------------------------------
 
 
+def headlines(part):
+    """Rows of the table for all vertices."""
+    return part.table.query("roi_group == 'all' and hemisphere == 'both'")
+
+
 def show(row, before=" (", after=")"):
     """A score and its interval as text."""
     return f"{row.score:.4f}" + ("" if np.isnan(row.low) else f"{before}{row.low:.4f} to {row.high:.4f}{after}")
 
 
 def overview(parts):
-    """Headlines of Scored splits as a DataFrame of text."""
-    rows = pd.concat([part.headlines().assign(split=SPLITS[part.split]) for part in parts], ignore_index=True)
-    n_images = {SPLITS[part.split]: {"all": part.n_pictures} | part.n_images for part in parts}
-    rows["pictures"] = [n_images[row.split][row.subject] for row in rows.itertuples()]
-    rows["text"] = [show(row) for row in rows.itertuples()]
+    """Headlines of scored splits as a DataFrame of text."""
+    tables = []
+    for part in parts:
+        rows = (
+            headlines(part).query("prediction != 'noise ceiling' or subject == 'all'").assign(split=SPLITS[part.split])
+        )
+        rows["pictures"] = rows.subject.map({"all": part.n_pictures} | part.n_images)
+        tables.append(rows.assign(text=[show(row) for row in rows.itertuples()]))
     index = ["split", "prediction", "subject", "pictures"]
-    table = rows.pivot_table(index=index, columns="metric", values="text", aggfunc="first", sort=False)
+    table = pd.concat(tables).pivot_table("text", index, "metric", aggfunc="first", sort=False)
     return table.rename(columns=TITLES).rename_axis(columns=None).fillna("–").reset_index()
 
 
-def cite(scored):
+def cite(part):
     """The sentence to cite."""
-    rows = scored.headlines().query("prediction == 'subject' and subject == 'all' and metric != 'r'")
+    rows = headlines(part).query("prediction == 'subject' and subject == 'all' and metric != 'r'")
     texts = [f"{TITLES[row.metric]} {show(row, ', 95 % CI ', '')}" for row in rows.itertuples()]
-    return f"{'; '.join(texts)} ({scored}; CI over pictures, not training seeds)"
+    low, high = min(part.n_images.values()), max(part.n_images.values())
+    n = f"{low} pictures" if low == high else f"{low} to {high} pictures"
+    unique = f"{part.n_pictures} unique; CI over pictures, not training seeds"
+    return f"{'; '.join(texts)} ({SPLITS[part.split]}, {n} per subject, {unique})"
 
 
-def print_tables(parts, number):
-    print("\n" + overview(parts).to_string(index=False))
-    streams = parts[0].table.query("prediction == 'subject' and subject == 'all' and metric == 'r2'")
-    streams = streams[streams.roi_group == "streams"]
-    if len(streams):
-        table = streams.pivot_table("score", "roi", "hemisphere", sort=False)
-        print(f"\nmedian R² of {SPLITS[parts[0].split]} by stream\n{table.to_string(float_format='%.4f')}")
-    few = [f"{subject} ({n})" for subject, n in parts[0].n_images.items() if n < FEW_PICTURES]
-    if few:
-        print(f"\nfewer than {FEW_PICTURES} pictures, scores are uncertain: {', '.join(few)}")
-    if parts[0].split == "val":
-        print("\nvalidation chose the checkpoint, so its scores are optimistic")
-    print(f"the number to report: {number or 'none, as there are no private test pictures'}")
-
-
-def record(scored):
+def record(part):
     """For scores.json: counts, and scores[prediction][subject or "all"][metric]."""
-    scores = {}
-    for row in scored.headlines().itertuples():
-        numbers = {"median": row.median, "mean": row.mean}
+    content = {name: getattr(part, name) for name in ("split", "n_images", "n_left_out", "n_pictures")} | {"scores": {}}
+    for row in headlines(part).itertuples():
         average = "mean" if row.metric == "challenge" else "median"
+        numbers = {"median": row.median, "mean": row.mean}
         numbers[f"{average}_95"] = None if np.isnan(row.low) else [row.low, row.high]
-        scores.setdefault(row.prediction, {}).setdefault(row.subject, {})[row.metric] = numbers
-    counts = {name: getattr(scored, name) for name in ("split", "n_images", "n_left_out", "n_pictures")}
-    return counts | {"scores": scores}
+        content["scores"].setdefault(row.prediction, {}).setdefault(row.subject, {})[row.metric] = numbers
+    return content
 
 
 def write_scores(folder, what, parts, reported, space):
@@ -346,49 +314,45 @@ def write_scores(folder, what, parts, reported, space):
     content |= {"to_report": record(reported)} if reported else {}
     (folder / "scores.json").write_text(json.dumps(content, indent=1))
     parts[0].table.to_csv(folder / "scores.csv", index=False, float_format="%.6g")
-    index = "fsaverage_index" if space.unit == "vertices" else "map_index"
-    np.savez_compressed(
-        folder / f"{space.unit}.npz", subjects=np.array(space.subjects), noise_ceiling=parts[0].ceilings,
-        hemisphere=np.where(np.arange(space.n_vertices) < space.n_lh, "lh", "rh"), **{index: space.vertices.numpy()},
-        **{"_".join(key): values for key, values in parts[0].maps.items()},
-    )  # fmt: skip
+    arrays = {"_".join(key).replace("noise ceiling_r2", "noise_ceiling"): v for key, v in parts[0].maps.items()}
+    arrays["fsaverage_index" if space.unit == "vertices" else "map_index"] = space.vertices.numpy()
+    hemisphere = np.where(np.arange(space.n_vertices) < space.n_lh, "lh", "rh")
+    np.savez_compressed(folder / f"{space.unit}.npz", subjects=space.subjects, hemisphere=hemisphere, **arrays)
 
 
 def main():
-    data, predictor, infos = prepare_data.load(DATA_DIR), None, []
-    if EXAMPLE_SUBJECT not in ("", *data.space.subjects) or SUBMISSION and CHECKPOINT:
-        raise UserError(f"EXAMPLE_SUBJECT is one of {data.space.subjects}; give a SUBMISSION or a CHECKPOINT.")
+    data, predictor, infos, parts = prepare_data.load(DATA_DIR), None, [], []
+    source, output = SUBMISSION, Path(SUBMISSION) / "evaluation"
     if not SUBMISSION:
         predictor = predict.load_encoder(predict.choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
-        infos = predictor.info
-    split, output = choose_split(data.space, infos), Path(SUBMISSION) / "evaluation"
+        source, infos = ", ".join(map(str, predictor.paths)), predictor.info
+    split = choose_split(data.space, infos)
     if predictor:
-        stems = {path.stem for path in predictor.paths}
-        name = "_".join(sorted(stems)) if len(infos) == 1 else f"average_of_{len(infos)}"
-        output = predictor.paths[0].parent / f"evaluation_{name}_{split}"
-    keys = ("fingerprint", "made_with", "versions", "trunk_settings", "step", "finished")
-    what = {"constants": constants(globals()), "data_fingerprint": data.fingerprint, "splits": data.splits}
-    what["checkpoints"] = [{"path": str(p)} | {k: i[k] for k in keys} for p, i in zip(predictor.paths, infos)]
+        name = predictor.paths[0].stem if len(infos) == 1 else f"average_of_{len(infos)}"
+        output = predictor.paths[0].with_name(f"evaluation_{name}_{split}")
+    what = {"scored": source, "data_fingerprint": data.fingerprint, "splits": data.splits}
+    made_with = [
+        {key: info[key] for key in ("fingerprint", "made_with", "versions", "trunk_settings")} for info in infos
+    ]
+    what |= {"checkpoints": made_with, "constants": constants(globals())}
     within = NOISE_CEILING_DIR or (prepare_data.CHALLENGE_DIR if split == "synthetic" else CHALLENGE_DIR)
-    output = Path(OUTPUT_DIR or output)
-    with output_folder(output, OVERWRITE, marker="scores.json") as folder:
-        parts = []
+    with output_folder(OUTPUT_DIR or output, OVERWRITE, marker="scores.json") as folder:
         for part in (split, "test") if split in ("val", "synthetic") else (split,):
             ceilings = read_ceilings(CHALLENGE_DIR if part in ("challenge", "synthetic") else within, data.space)
             parts.append(measure(data, part, predictor, infos, ceilings))
         if not parts[0]:
             raise UserError(f"nothing to score on {SPLITS[split]}: no pictures with activity; SPLIT chooses another.")
-        reported = parts[-1] if split == "val" else parts[0]
-        parts, number = [part for part in parts if part], cite(reported) if reported else ""
-        print_tables(parts, number)
+        reported, parts = parts[-1] if split == "val" else parts[0], [part for part in parts if part]
+        number = f"The number to report: {cite(reported) if reported else 'none, there are no private test pictures'}"
+        print(f"\n{overview(parts).to_string(index=False)}\n\n{number}")
+        if split == "val":
+            print("Validation chose the checkpoint, so its scores are optimistic.")
         write_scores(folder, what, parts, reported, data.space)
         if FIGURES:
-            drawn = figures.draw(parts[0], data.space, predictor, (OUTLINES, FSAVERAGE_DIR, EXAMPLE_SUBJECT, SEED))
-            for name, figure in drawn.items():
-                save_figure(figure, folder / f"{name}.png")
-            title = f"{SUBMISSION or ', '.join(map(str, predictor.paths))} on {SPLITS[split]}"
-            page.write_page(folder, title, number, parts, overview(parts), what, data.space)
-    print(f"wrote {output}: {'report.html, ' if FIGURES else ''}scores.json, scores.csv, {data.space.unit}.npz")
+            figures.save_all(folder, data.space, parts[0], predictor, OUTLINES, FSAVERAGE_DIR, SEED)
+            title = f"{source} on {SPLITS[split]}"
+            page.write_page(folder, title, number, overview(parts), parts[0], data.space, what)
+    print(f"wrote {OUTPUT_DIR or output}")
 
 
 if __name__ == "__main__":

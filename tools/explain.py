@@ -2,11 +2,11 @@
 
     python -m tools.explain --images photo.jpg --rois V1v,FFA,PPA
 
-A prediction is exactly a sum over layers l and tokens n, that is, places of the picture (docs/explain.md):
+A prediction is exactly a sum over layers l and tokens n, that is, places of the picture; a_l: slope of Head.combine:
 
     y = constant + sum_l sum_n k_l[n],    k_l[n] = sum_d g[d] a_l[d] S_l[d,n] (W_l x_l[n])[d],    g = E (A + B_s)
 
-with a_l the slope of batch norm and of the mean over layers. OUTPUT_DIR gets
+OUTPUT_DIR, described in docs/explain.md, gets
 
     fields.npz, fields_{lh,rh}.func.gii, fields.png    where every vertex looks, and in which layers
     contributions.npz, 000_photo.png                   with IMAGES: k of every ROI; the picture with its explanation
@@ -122,10 +122,9 @@ def describe_fields(tokens, layers, encoder):
     return fields | {"field": field.reshape(-1, n_rows, n_columns).astype(np.float16)}
 
 
-def reference_samples(data, name):
+def choose_references(data, name):
     """Rows (n,) of a subject's samples in SPLIT, evenly spaced; for the group of everyone's, each picture once."""
-    subjects = data.space.subjects
-    rows = data.samples(SPLIT, subjects.index(name) if name in subjects else None)
+    rows = data.samples(SPLIT, data.space.subjects.index(name) if name in data.space.subjects else None)
     rows = rows[np.unique(data.image[rows], return_index=True)[1]]
     if len(rows) < 2:
         raise UserError(f"{DATA_DIR} has fewer than two pictures in the {SPLIT} split.")
@@ -139,8 +138,7 @@ def reference_r2(predictor, data, name, rows, latents):
         place = predictor.space.find(data.space)
         prediction = predictor.decode([latents], predictor.index(name))[:, place]
         measured = (place >= 0) & data.space.present(data.space.subjects.index(name))
-        score = r2_score(torch.from_numpy(data.read_activity(rows)), prediction)
-        r2[place[measured]] = score.numpy()[measured]
+        r2[place[measured]] = r2_score(torch.from_numpy(data.read_activity(rows)), prediction)[measured]
     return r2
 
 
@@ -172,7 +170,9 @@ def parse_rois(space, subject):
         mask = np.zeros(space.n_vertices, bool)
         for part in name.split("+"):
             if part not in regions and not (part.isdigit() and int(part) < len(columns)):
-                raise UserError(f"unknown ROI {part!r}; there are {', '.join(sorted(regions))}, and rows of fields.npz.")
+                raise UserError(
+                    f"unknown ROI {part!r}; there are {', '.join(sorted(regions))}, and rows of fields.npz."
+                )
             mask[columns[int(part)] if part.isdigit() else regions[part]] = True
         if mask.any():
             weights[name] = mask / mask.sum()
@@ -223,15 +223,13 @@ def explain_pictures(folder, paths, decomposition, precision, rois, mean_terms):
         for name, p, k in zip(tables[-1].picture, pictures, contributions[-1] if len(paths) <= FIGURES else ()):
             activity = constant[:, None] + np.stack([k.sum((1, 2)), reference.sum((1, 2))], 1)
             draw_picture(folder / f"{name}.png", p.image, encoder, rois, k - reference, activity)
-    if not tables:
-        raise UserError("none of the pictures could be read:\n" + "\n".join(failures[:20]))
     np.savez(
         folder / "contributions.npz", contributions=np.concatenate(contributions), constant=constant,
         reference=reference, rois=list(rois), layers=encoder.layers, n_prefix=encoder.trunk.n_prefix,
         grid=encoder.trunk.grid,
     )  # fmt: skip
     table = pd.concat(tables, ignore_index=True)
-    table.drop(columns="warning").to_csv(folder / "pictures.csv", index_label="row")
+    table.to_csv(folder / "pictures.csv", index_label="row")
     return table, failures
 
 
@@ -242,7 +240,7 @@ def main():
         raise UserError("CHECKPOINT is one file here, and SPLIT train, val or test.")
     data, predictor = prepare_data.load(DATA_DIR), load_encoder(checkpoints, DEVICE, PRECISION, BATCH_SIZE)
     space, [encoder], name = predictor.space, predictor.encoders, SUBJECT or predictor.subjects[0]
-    subject, rows = predictor.index(name), reference_samples(data, name)
+    subject, rows = predictor.index(name), choose_references(data, name)
     rois, columns = parse_rois(space, subject) if paths else {}, np.flatnonzero(space.present(subject))
     decomposition = Decomposition(encoder, subject, columns)
     measured = measure_covariance(decomposition, data.images[data.image[rows]], predictor.precision)

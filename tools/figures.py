@@ -1,29 +1,43 @@
-"""The report's figures 2 to 4, for tools/evaluate.py. flat: a FlatMap; roi_group: outlined on the maps."""
+"""The report's figures 2 to 4, for tools/evaluate.py."""
+
+import shutil
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.mixture import GaussianMixture
 
 from core.checkpoint import read_checkpoint
-from core.training import log_path, read_log
-from tools.flatmap import describe_maps, fit_limits
+from core.training import log_path
+from tools.flatmap import FlatMap, describe_maps, fit_limits, save_figure
 
-ACTIVITY_RANGE = 2.0  # z, the colour scale of figure 4b ends at +-this
+ACTIVITY_LIMITS = (-2.0, 2.0)  # z, colour scale of figure 4b
 N_POOLING_MAPS = 16  # clusters of figure 2a
 N_COMPONENTS = 4  # of figure 2b, as in the report
 COLOURS = {"left": "#0072B2", "right": "#D55E00"}  # distinct to colour-blind people (Okabe and Ito)
 SCORE_NAMES = {"r2": "R²", "challenge": "noise-normalised score"}
 
 
-def empty_panels(n_rows, n_columns, flat=None):
-    """Panels for flat maps, or for small pictures without one -> figure, axes (n_rows, n_columns)."""
-    width, height = (3, 3 * flat.size[1] / flat.size[0]) if flat else (1.5, 1.5)  # inches
-    size = (max(n_columns * width, 3) + 1, n_rows * (height + 0.3) + 0.5)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
-    for panel in axes.flat:
-        panel.set_axis_off()
-    return figure, axes
+def save_all(folder, space, part, predictor, roi_group, fsaverage_dir, seed):
+    """Write figure_*.png. part: of evaluate.measure(). Averages of checkpoints and submissions have no figures 2 and 3."""
+    flat, figures, (subject, examples) = FlatMap(space, fsaverage_dir), {}, part.examples
+    if predictor and len(predictor.encoders) == 1:
+        [encoder], [path], [info] = predictor.encoders, predictor.paths, predictor.info
+        figures["2a_pooling_maps"] = figure_2a(*pooling_exemplars(encoder, seed))
+        figures["2b_components"] = figure_2b(encoder, predictor.space.find(space), flat, flat.outlines(roi_group))
+        for curves in loss_curves(path, info["made_with"]):  # figure 3, as training draws it
+            shutil.copy(curves, folder / f"figure_3_{curves.name}")
+    for metric, name in (("r2", "r2"), ("challenge", "noise_normalised")):
+        maps = score_maps(part.maps, metric, space.subjects)
+        if maps:
+            figures[f"4a_{name}_maps"] = figure_4a(maps, metric, flat, roi_group)
+    outlines = flat.outlines(roi_group, space.subjects.index(subject))
+    figures["4b_samples"] = figure_4b(examples, f"activity of {subject} (z)", flat, outlines)
+    if space.rois:
+        figures["4c_rois"] = figure_4c(part.table, space.unit)
+    for name, figure in figures.items():
+        save_figure(figure, folder / f"figure_{name}.png")
 
 
 def pooling_exemplars(encoder, seed):
@@ -44,8 +58,9 @@ def pooling_exemplars(encoder, seed):
 
 def figure_2a(means, shares):
     """Exemplar spatial pooling maps, of pooling_exemplars()."""
-    n_columns = min(8, len(means))
-    figure, axes = empty_panels(-(-len(means) // n_columns), n_columns)
+    figure, axes = plt.subplots(2, -(-len(means) // 2), figsize=(14, 4), squeeze=False, layout="constrained")
+    for panel in axes.flat:
+        panel.set_axis_off()
     for panel, mean, share in zip(axes.flat, means, shares):
         shown = panel.imshow(mean, cmap="RdBu_r", vmin=-1, vmax=1)
         panel.set_title(f"{share:.0%} of maps", fontsize=9)
@@ -53,116 +68,96 @@ def figure_2a(means, shares):
     return figure
 
 
-def figure_2b(encoder, columns, flat, roi_group):
+def map_grid(panels, n_columns, flat, limits, cmap, label, line_colour="black"):
+    """panels: [(title, map (n_vertices,) or picture (height, width, 3), outlines)] -> figure with one colour scale."""
+    n_rows, height = -(-len(panels) // n_columns), 3 * flat.size[1] / flat.size[0] + 0.3  # inches
+    size = (3 * max(n_columns, 2) + 1, n_rows * height + 0.5)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    shown = []
+    for panel, (title, values, outlines) in zip(axes.flat, panels):
+        panel.set_title(title, fontsize=11)
+        if values.ndim == 3:
+            panel.imshow(values)
+        else:
+            shown.append(flat.draw(panel, values, limits, cmap, outlines, named=not shown, line_colour=line_colour))
+    for panel in axes.flat:
+        panel.set_axis_off()
+    describe_maps(figure, shown, axes, label, panels[0][2])
+    return figure
+
+
+def figure_2b(encoder, columns, flat, outlines):
     """The first principal components. columns (n_vertices of the map,): rows of the embedding, -1 where it has none."""
     loadings = encoder.head.embed_weight[:, :N_COMPONENTS].detach().cpu().numpy().T
     loadings = loadings / np.sqrt((loadings**2).mean(1, keepdims=True))
     loadings = np.where(columns >= 0, loadings[:, columns], np.nan)
-    figure, axes = empty_panels(1, len(loadings), flat)
-    outlines, limits, shown = flat.outlines(roi_group), fit_limits(loadings), []
-    for k, (panel, values) in enumerate(zip(axes.flat, loadings)):
-        shown.append(flat.draw(panel, values, limits, "RdBu_r", outlines, named=k == 0))
-        panel.set_title(f"component {k + 1}", fontsize=10)
-    describe_maps(figure, shown, axes, "loading (root mean square: 1)", outlines)
-    return figure
+    panels = [(f"component {k}", values, outlines) for k, values in enumerate(loadings, start=1)]
+    return map_grid(panels, len(panels), flat, fit_limits(loadings), "RdBu_r", "loading (root mean square: 1)")
 
 
-def training_phases(path, made_with):
-    """{phase: (made_with, log)} of the training that ended in the checkpoint at path; logs are [] where missing.
-    Phase 1 of a fine-tuned checkpoint is known while the head that it started from lies beside it."""
-    made, head = {1: (path, made_with)}, path.with_name("head.pt")
-    if "head_fingerprint" in made_with:
-        made = {2: (path, made_with)}
-        before = read_checkpoint(head) if head.exists() else {"fingerprint": None}
-        if before["fingerprint"] == made_with["head_fingerprint"]:
-            made[1] = head, before["made_with"]
-    logs = {phase: log_path(output) for phase, (output, _) in made.items()}
-    return {phase: (made[phase][1], read_log(log) if log.exists() else []) for phase, log in sorted(logs.items())}
-
-
-def figure_3(logs):
-    """Loss and validation R². logs {phase: one dict per validation}. Step 0 of phase 1, the untrained head, would squash
-    the axes and is left out."""
-    size = (4.5 * len(logs), 5.2)
-    figure, axes = plt.subplots(2, len(logs), figsize=size, squeeze=False, layout="constrained", sharex="col")
-    for (phase, log), (loss, r2) in zip(logs.items(), axes.T):
-        log = [entry for entry in log if entry["step"] or phase == 2] or log
-        for panel, key, side in ((loss, "train_loss", "left"), (loss, "val_loss", "right"), (r2, "val_r2", "right")):
-            values = [np.nan if entry[key] is None else entry[key] for entry in log]
-            label = {"train_loss": "training", "val_loss": "validation"}.get(key)
-            panel.plot([entry["step"] for entry in log], values, color=COLOURS[side], label=label, marker="o", ms=3)
-            panel.grid(alpha=0.3)
-        best = max(log, key=lambda entry: entry["val_r2"])
-        r2.set_title(f"best: {best['val_r2']:.4f} at step {best['step']}", fontsize=9)
-        r2.set(xlabel="step", ylabel="validation median R²")
-        loss.set(title=f"phase {phase}", ylabel="mean squared error")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    return figure
+def loss_curves(path, made_with):
+    """PNG files of the phases that made a checkpoint; of phase 1 only while its head lies beside the fine-tuned one."""
+    head, paths = path.with_name("head.pt"), [path]
+    if "head_fingerprint" in made_with and head.exists():
+        paths += [head] * (read_checkpoint(head)["fingerprint"] == made_with["head_fingerprint"])
+    return [curves for curves in (log_path(path).with_suffix(".png") for path in paths) if curves.exists()]
 
 
 def score_maps(maps, metric, subjects):
     """A score of every vertex -> {title: (values (n_vertices,), the subject's index or None)}: the subjects' median, the
     group prediction's, each subject. maps {(prediction, metric): (n_subjects, n_vertices)}, NaN where missing."""
-    own = maps["subject", metric]
-    scored = [s for s in range(len(subjects)) if np.isfinite(own[s]).any()]
-    titles = {"median of the subjects": "subject"} if len(scored) > 1 else {}  # else the subject's own map
-    titles |= {"group prediction": "group"} if ("group", metric) in maps else {}
-    shown = {}
-    for title, prediction in titles.items():
-        values = np.ma.masked_invalid(maps[prediction, metric][scored])
-        shown[title] = np.ma.median(values, axis=0).filled(np.nan), None
+    shown, own = {}, maps.get(("subject", metric), np.empty((0, 0)))
+    scored = np.flatnonzero(np.isfinite(own).any(1))
+    for title, prediction in (("median of the subjects", "subject"), ("group prediction", "group")):
+        if (prediction, metric) in maps and (prediction == "group" or len(scored) > 1):  # else the subject's own map
+            values = np.ma.masked_invalid(maps[prediction, metric])
+            shown[title] = np.ma.median(values, axis=0).filled(np.nan), None
     return shown | {subjects[s]: (own[s], s) for s in scored}
 
 
 def figure_4a(maps, metric, flat, roi_group):
     """Flat maps of score_maps(). Titles hold the median of each map of R², the mean of noise-normalised ones."""
-    limits, shown = fit_limits([values for values, _ in maps.values()], symmetric=False), []
-    n_columns = 5 if len(maps) > 4 else len(maps)
-    figure, axes = empty_panels(-(-len(maps) // n_columns), n_columns, flat)
-    average, name = {"r2": (np.nanmedian, "median"), "challenge": (np.nanmean, "mean")}[metric]
-    for k, (panel, (title, (values, subject))) in enumerate(zip(axes.flat, maps.items())):
-        outlines = flat.outlines(roi_group, subject)
-        shown.append(flat.draw(panel, values, limits, "inferno", outlines, named=k == 0, line_colour="white"))
-        panel.set_title(f"{title}: {average(values):.3f}", fontsize=11)
+    average, name = (np.nanmean, "mean") if metric == "challenge" else (np.nanmedian, "median")
+    panels = []
+    for title, (values, subject) in maps.items():
+        panels.append((f"{title}: {average(values):.3f}", values, flat.outlines(roi_group, subject)))
+    limits = fit_limits([values for values, _ in maps.values()], symmetric=False)
     label = f"{SCORE_NAMES[metric]}\n(titles: {name} of each map)"
-    describe_maps(figure, shown, axes, label, flat.outlines(roi_group))
-    return figure
+    return map_grid(panels, min(5, len(panels)), flat, limits, "inferno", label, "white")
 
 
-def figure_4b(examples, name, flat, roi_group):
-    """Picture, measured and predicted map of samples of one subject (a name), of evaluate.choose_examples()."""
-    outlines, limits, shown = flat.outlines(roi_group, flat.space.subjects.index(name)), (-ACTIVITY_RANGE, ACTIVITY_RANGE), []
-    figure, axes = empty_panels(-(-len(examples) // 2), 6, flat)
-    for (nsd_id, r2, image, *maps), (picture, *panels) in zip(examples, axes.reshape(-1, 3)):
-        picture.imshow(image)
-        picture.set_title(f"{f'nsd-{nsd_id:05d}' if nsd_id >= 0 else 'picture'}, R² {r2:.2f}", fontsize=12)
-        for panel, title, values in zip(panels, ("measured", "predicted"), maps):
-            shown.append(flat.draw(panel, values, limits, "RdBu_r", outlines, named=not shown))
-            panel.set_title(title, fontsize=12)
-    describe_maps(figure, shown, axes, "activity (z)", outlines)
-    figure.suptitle(f"{name}, from the best predicted picture to the worst (R² over its {flat.space.unit})", fontsize=13)
-    return figure
+def figure_4b(examples, label, flat, outlines):
+    """Picture, measured and predicted map of samples, of evaluate.choose_examples()."""
+    panels = []
+    for nsd_id, r2, *shown in examples:
+        name = f"nsd-{nsd_id:05d}" if nsd_id >= 0 else "picture"
+        titles = (f"{name}, R² {r2:z.2f}", "measured", "predicted")
+        panels += [(title, values, outlines) for title, values in zip(titles, shown)]
+    return map_grid(panels, 6, flat, ACTIVITY_LIMITS, "RdBu_r", label)
 
 
 def figure_4c(table, unit):
     """Median R² of every ROI and hemisphere: each subject, and the median over subjects. table: evaluate.summarise()."""
-    rows = table[(table.prediction == "subject") & (table.metric == "r2") & (table.subject != "all")]
-    rows = rows[(rows.roi != "all") & (rows.hemisphere != "both")]
-    places = rows[["roi_group", "roi"]].drop_duplicates().reset_index(drop=True)
-    x = places.index + places.roi_group.ne(places.roi_group.shift()).cumsum() - 1  # a gap between groups
-    rows = rows.merge(places.assign(x=x))
+    rows = table.query("prediction == 'subject' and metric == 'r2' and subject != 'all' and roi != 'all'")
+    places = rows[["roi_group", "roi"]].drop_duplicates(ignore_index=True)
     figure, axes = plt.subplots(figsize=(14, 5), layout="constrained")
     for (side, colour), shift in zip(COLOURS.items(), (-0.18, 0.18)):
-        own = rows[rows.hemisphere == side[0] + "h"]
-        axes.scatter(own.x + shift, own["median"], s=14, color=colour, alpha=0.5, lw=0, label=f"one subject, {side}")
-        medians = own.groupby("x")["median"].median()
-        at = medians.index + shift
-        axes.hlines(medians, at - 0.16, at + 0.16, colour, linewidth=3, label=f"median of the subjects, {side}")
-    for group, centre in x.groupby(places.roi_group).mean().items():
-        axes.text(centre, 1.02, group, transform=axes.get_xaxis_transform(), ha="center", fontsize=11)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    axes.set_xticks(x, places.roi, rotation=60, ha="right", rotation_mode="anchor")
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlim=(-0.8, x.max() + 0.8), ylabel=f"median R² over the {unit}")
+        own = rows[rows.hemisphere == f"{side[0]}h"].pivot(
+            index=["roi_group", "roi"], columns="subject", values="score"
+        )
+        own = own.reindex(pd.MultiIndex.from_frame(places))
+        for k, name in enumerate(own):
+            label = None if k else f"one subject, {side}"
+            axes.plot(places.index + shift, own[name], ".", color=colour, alpha=0.5, label=label)
+        label = f"median of the subjects, {side}"
+        axes.plot(
+            places.index + shift, own.median(axis=1), "_", color=colour, markersize=12, markeredgewidth=3, label=label
+        )
+    for x in places.index[places.roi_group != places.roi_group.shift()]:
+        axes.axvline(x - 0.5, color="black", linewidth=0.8)
+        axes.text(x - 0.4, 1.02, places.roi_group[x], transform=axes.get_xaxis_transform())
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    axes.set_xticks(places.index, places.roi, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set(xlim=(-0.5, len(places) - 0.5), ylabel=f"median R² over the {unit}")
     axes.grid(axis="y", alpha=0.3)
     return figure

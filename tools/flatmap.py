@@ -1,11 +1,4 @@
-"""Values on the flattened cortex, drawn with matplotlib on nilearn's flat fsaverage mesh.
-
-    flat = FlatMap(space)                                      # fsaverage5, or full fsaverage from a folder
-    outlines = flat.outlines("streams", subject)               # a subject's index, None: the group
-    shown = [flat.draw(axes, values, fit_limits([values]), "RdBu_r", outlines, named=True)]
-    describe_maps(figure, shown, [axes], "activity (z)", outlines)
-    save_figure(figure, path)
-"""
+"""Values on the flattened cortex, drawn with matplotlib on nilearn's flat fsaverage mesh."""
 
 import textwrap
 from pathlib import Path
@@ -15,32 +8,26 @@ import numpy as np
 from matplotlib.patheffects import withStroke
 from nilearn import datasets, surface
 
-from core.space import HEMIS, N_FSAVERAGE, ROI_GROUPS
-from model import UserError
+from core.space import HEMIS, N_FSAVERAGE
 
-MAP_WIDTH = 200  # px per row of NSD-Flat's maps, 1 mm each
+MAP_SHAPE = (215, 200)  # rows and columns of NSD-Flat's maps, 1 mm each
 MARGIN = 8  # mm of cortex shown around the data
 FEWEST_POINTS = 20  # of an ROI in one hemisphere; smaller ones are outlined without their name
 
 
 class FlatMap:
-    """The visual cortex as one triangle mesh, both hemispheres side by side.
+    """The visual cortex as one triangle mesh, both hemispheres side by side: points (n, 2) mm, faces (m, 3), column
+    (n,): each point's column of the common space or -1, grey (n,): brightness of the cortex without data, size (2,) mm.
 
-    points (n, 2) mm, faces (m, 3), column (n,): each point's column of the common space or -1, grey (n,): brightness of
-    the cortex without data, size (2,): width and height in mm. folder: holds {flat,curv}_{left,right}.gii.gz of full
-    fsaverage; empty: fsaverage5, which comes with nilearn.
+    folder: holds {flat,curv}_{left,right}.gii.gz of full fsaverage; empty: fsaverage5, which comes with nilearn.
     """
 
     def __init__(self, space, folder=""):
         self.space = space
         sides = [surface_side(space, hemi, folder) for hemi in HEMIS] if space.unit == "vertices" else [pixels(space)]
-        first = [0, len(sides[0][0])]  # point of each side
-        self.faces = np.concatenate([faces + start for (_, faces, _, _), start in zip(sides, first)])
         self.points, self.column, self.grey = (np.concatenate([side[i] for side in sides]) for i in (0, 2, 3))
-        self.left = self.column < space.n_lh if len(sides) == 1 else np.arange(len(self.points)) < first[1]
-        self.size = np.ptp(self.points, axis=0)
-        if not (self.column[self.faces] >= 0).all(1).any():
-            print("the vertices are too sparse for maps on fsaverage5: set FSAVERAGE_DIR to full fsaverage")
+        self.faces = np.concatenate([sides[0][1], *(faces + len(sides[0][0]) for _, faces, _, _ in sides[1:])])
+        self.left, self.size = self.points[:, 0] < 0, np.ptp(self.points, axis=0)
 
     def on_points(self, values):
         """values (n_vertices,) -> (n_points,), NaN where there are none."""
@@ -48,32 +35,28 @@ class FlatMap:
 
     def outlines(self, roi_group, subject=None):
         """ROIs of a group as a subject (an index; None: the group) has them -> {(group, ROI): (n_points,) bool}."""
-        if roi_group not in ("", *ROI_GROUPS):
-            raise UserError(f"OUTLINES is {roi_group!r}, expected one of {', '.join(ROI_GROUPS)}, or nothing.")
         if roi_group not in self.space.rois:
             return {}
         labels, names = self.on_points(self.space.roi_labels(roi_group, subject)), self.space.rois[roi_group]["names"]
         return {(roi_group, name): labels == value for value, name in names.items() if value > 0 and value in labels}
 
     def draw(self, axes, values, limits, cmap, outlines, *, named=False, line_colour="black"):
-        """Draw values (n_vertices,), NaN where missing -> the mesh drawn, for describe_maps().
-
-        limits: ends of the colour scale; named: write the names of outlines into the areas.
-        """
+        """Draw values (n_vertices,), NaN where missing. limits: ends of the colour scale; named: write the names of
+        outlines into the areas -> the mesh drawn, for describe_maps()."""
         mesh, values = (*self.points.T, self.faces), np.ma.masked_invalid(self.on_points(values))
         axes.tripcolor(*mesh, self.grey, cmap="gray", vmin=0, vmax=1, shading="gouraud")
         missing = np.ma.getmaskarray(values)[self.faces].any(1)
         shown = axes.tripcolor(*mesh, values, mask=missing, cmap=cmap, clim=limits, shading="gouraud")
         for (_, name), inside in outlines.items():
             axes.tricontour(*mesh, inside.astype(float), levels=[0.5], colors=line_colour, linewidths=0.6)
-            for side in (self.left, ~self.left) if named else ():
+            for side in (self.left, ~self.left):
                 area = self.points[side & inside]
-                if len(area) >= FEWEST_POINTS:
+                if named and len(area) >= FEWEST_POINTS:
                     centre = area[np.linalg.norm(area - area.mean(0), axis=1).argmin()]
                     text = axes.text(*centre, name, ha="center", va="center", fontsize=6)
                     text.set_path_effects([withStroke(linewidth=2, foreground="white")])
-        for x, side in ((0, "L"), (1, "R")):
-            axes.text(x, 0, side, ha="right" if x else "left", transform=axes.transAxes, fontsize=9)
+        for x, side in ((0.03, "L"), (0.97, "R")):
+            axes.text(x, 0.02, side, ha="center", transform=axes.transAxes, fontsize=9)
         axes.set_aspect("equal")
         axes.set_axis_off()
         return shown
@@ -81,48 +64,42 @@ class FlatMap:
 
 def surface_side(space, hemi, folder):
     """-> points (n, 2) mm, faces, column and grey of one hemisphere of the flat surface, cut to the data."""
-    half = "left" if hemi == "lh" else "right"
     folder = Path(folder or Path(datasets.fetch_surf_fsaverage("fsaverage5")["flat_left"]).parent)
-    flat, curvature = (folder / f"{kind}_{half}.gii.gz" for kind in ("flat", "curv"))
-    if not flat.exists() or not curvature.exists():
-        raise UserError(f"{folder} lacks {flat.name} or {curvature.name} of fsaverage.")
-    mesh = surface.load_surf_mesh(flat)
-    points, faces = mesh.coordinates[:, :2], mesh.faces
-    column, columns = np.full(N_FSAVERAGE, -1), space.columns(None, hemi)
+    half, columns = "left" if hemi == "lh" else "right", space.columns(None, hemi)
+    points, faces = surface.load_surf_mesh(folder / f"flat_{half}.gii.gz")
+    curvature = surface.load_surf_data(folder / f"curv_{half}.gii.gz")
+    points, column = points[:, :2], np.full(N_FSAVERAGE, -1)
     column[space.vertices.numpy()[columns]] = columns
     column = column[: len(points)]  # fsaverage5 has the first 10,242 vertices of fsaverage
     edges = np.linalg.norm(points[faces] - points[np.roll(faces, 1, axis=1)], axis=2).max(1)
     faces = faces[edges < 4 * np.median(edges)]  # longer ones span a cut
-    data = points[column >= 0] if (column >= 0).any() else points
+    data = points[np.unique(faces[(column[faces] >= 0).any(1)])]
     low, high = data.min(0) - MARGIN, data.max(0) + MARGIN
-    faces = faces[((points > low) & (points < high)).all(1)[faces].all(1)]
+    used, faces = np.unique(faces[((points > low) & (points < high)).all(1)[faces].all(1)], return_inverse=True)
     inner = high[0] if hemi == "lh" else low[0]  # the hemispheres meet at x = 0
-    grey = np.where(surface.load_surf_data(curvature) > 0, 0.60, 0.74)  # sulci are darker
-    used, faces = np.unique(faces, return_inverse=True)
-    return points[used] - [inner, 0], faces.reshape(-1, 3), column[used], grey[used]
+    grey = np.where(curvature > 0, 0.60, 0.74)[used]  # sulci are darker
+    return points[used] - [inner, 0], faces.reshape(-1, 3), column[used], grey
 
 
 def pixels(space):
-    """The same of NSD-Flat's maps, whose pixels count row by row from the top left."""
-    row, across = np.divmod(space.vertices.numpy(), MAP_WIDTH)
-    height, width = row.max() - row.min() + 3, across.max() - across.min() + 3
-    column = np.full((height, width), -1)
-    column[row - row.min() + 1, across - across.min() + 1] = np.arange(space.n_vertices)
-    y, x = np.divmod(np.arange(height * width), width)
-    corner = np.flatnonzero((y < height - 1) & (x < width - 1))[:, None]
-    faces = np.concatenate([corner + [0, 1, width], corner + [1, width + 1, width]])
-    return np.stack([x, -y], 1).astype(float), faces, column.ravel(), np.full(height * width, 0.9)
+    """The same of NSD-Flat's maps, whose pixels count row by row from the top left; the hemispheres meet at x = 0."""
+    index, column = np.arange(MAP_SHAPE[0] * MAP_SHAPE[1]), np.full(MAP_SHAPE[0] * MAP_SHAPE[1], -1)
+    column[space.vertices.numpy()] = np.arange(space.n_vertices)
+    row, across = np.divmod(index, MAP_SHAPE[1])
+    corner = index.reshape(MAP_SHAPE)[:-1, :-1].reshape(-1, 1)
+    faces = np.concatenate([corner + [0, 1, MAP_SHAPE[1]], corner + [1, MAP_SHAPE[1] + 1, MAP_SHAPE[1]]])
+    return np.stack([across + 0.5 - MAP_SHAPE[1] / 2, -row], 1), faces, column, np.full(len(index), 0.9)
 
 
 def fit_limits(maps, symmetric=True):
-    """Ends of one colour scale for maps: the 99 % quantile of |values|, rounded up -> (-end, end); not symmetric:
-    (0, end) of what is above zero."""
+    """Ends of one colour scale for maps: the 99 % quantile of |values| that are not 0, rounded up ->
+    (-end, end); not symmetric: (0, end) of what is above zero."""
     values = np.concatenate([np.asarray(v, float).ravel() for v in maps])
     values = np.abs(values) if symmetric else np.maximum(values, 0)
-    end = np.nanquantile(values, 0.99) if np.isfinite(values).any() else 0
-    end = end or np.nanmax(values, initial=0) or 1
+    values = values[values > 0]
+    end = np.quantile(values, 0.99) if len(values) else 1
     power = 10.0 ** np.floor(np.log10(end))
-    end = float(power * next(step for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if end <= step * power * (1 + 1e-9)))
+    end = float(np.ceil(2 * end / power - 1e-9) * power / 2)  # 1, 1.5, 2 … of the power
     return (-end if symmetric else 0.0, end)
 
 

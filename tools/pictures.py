@@ -27,7 +27,7 @@ class Picture:
     image: np.ndarray  # (256, 256, 3) uint8
     width: int  # px, after rotation
     height: int
-    warning: str  # what looks odd, or nothing
+    note: str  # what was done to it, or looks odd; mostly empty
 
 
 def plural(n, singular):
@@ -84,35 +84,40 @@ def read_picture(path):
         Image.init()
         with Image.open(path, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as file:
             is_deep = ";16" in str(file.tile)
-            picture, warning = ImageOps.exif_transpose(file), ""
+            picture, notes = ImageOps.exif_transpose(file), []
         if picture.mode[0] in "IF":
-            picture, warning = to_8_bit(picture)
+            picture, notes = to_8_bit(picture)
         elif is_deep and np.max(picture) < 64:  # Pillow keeps the upper 8 of 16 bits
             raise ValueError("its values fill few of its 16 bits, save it with 8 bits per colour")
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        square = ImageOps.fit(picture.convert("RGB"), (PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
-        return Picture(Path(path), np.asarray(square), *picture.size, warning)
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        notes += ["centre-cropped to a square"] * (left + top > 0)
+        square = picture.convert("RGB").crop((left, top, left + side, top + side))
+        square = square.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
+        return Picture(Path(path), np.asarray(square), *picture.size, "; ".join(notes))
     except Exception as error:  # decoders raise all kinds
         raise UserError(f"{shown(path)}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def to_8_bit(picture):
-    """16-bit grey -> 8-bit grey, and a warning where the values fill fewer bits and are scaled up accordingly."""
+    """16-bit grey -> 8-bit grey, and a note where the values fill fewer bits and are scaled up accordingly."""
     values = np.asarray(picture)
     if picture.mode == "F" or values.min() < 0 or values.max() >= 2**16:
         raise ValueError("its values are not 8 or 16 bits deep")
     bits = next(depth for depth in BIT_DEPTHS if values.max() < 2**depth)
-    warning = f"its largest value is {values.max()}, read as {bits} bits" if bits < 16 else ""
-    return Image.fromarray((values >> (bits - 8)).astype(np.uint8)), warning
+    notes = [f"warning: the largest value is {values.max()}, read as {bits} bits"] if bits < 16 else []
+    return Image.fromarray((values >> (bits - 8)).astype(np.uint8)), notes
 
 
 def read_batches(paths, batch_size, failures):
     """Yields [Picture] of the readable files, batch by batch; what is wrong with others is appended to failures.
 
-    Threads decode the next batch while the caller works on this one.
+    Threads decode the next batch while the caller works on this one. Raises UserError if none can be read.
     """
+    n_before = len(failures)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         coming = [pool.submit(read_picture, path) for path in paths[:batch_size]]
         for start in range(batch_size, len(paths) + batch_size, batch_size):
@@ -122,10 +127,12 @@ def read_batches(paths, batch_size, failures):
             failures += errors
             if len(errors) < len(batch):
                 yield [future.result() for future in batch if not future.exception()]
+    if len(failures) - n_before == len(paths):
+        raise UserError("none of the pictures could be read:\n" + "\n".join(failures[:20]))
 
 
 def list_pictures(pictures, first=0):
-    """[Picture] -> rows of pictures.csv: a name that can serve in file names, whatever the file is called, and sizes."""
+    """[Picture] -> rows of pictures.csv: a name that can serve in file names, whatever the file is called, size, note."""
     table = pd.DataFrame([vars(picture) for picture in pictures]).drop(columns=["image", "path"])
     stems = [re.sub(r"[^A-Za-z0-9-]+", "_", picture.path.stem)[:60] for picture in pictures]
     table.insert(0, "picture", [f"{row:03d}_{stem}" for row, stem in enumerate(stems, first)])
@@ -134,15 +141,12 @@ def list_pictures(pictures, first=0):
 
 
 def report(pictures, failures):
-    """Print which pictures were cropped or look odd. pictures: the table of list_pictures(). Raises UserError, after
-    everything else is done, if files could not be read."""
-    cropped = pictures[pictures.width != pictures.height]
-    sizes = [f"{row.file} ({row.width} x {row.height})" for row in cropped.head(3).itertuples()]
-    if sizes:
-        more = ", …" if len(cropped) > 3 else ""
-        print(f"centre-cropped {plural(len(cropped), 'picture')} to a square: {', '.join(sizes)}{more}")
-    for row in pictures[pictures.warning != ""].head(10).itertuples():
-        print(f"warning: {row.file}: {row.warning}")
+    """Print the notes of list_pictures(). Raises UserError, when all else is done, if files could not be read."""
+    noted = pictures[pictures.note != ""]
+    for row in noted.head(5).itertuples():
+        print(f"{row.file}: {row.width} x {row.height} px, {row.note}")
+    if len(noted) > 5:
+        print(f"… pictures.csv has notes on {len(noted)} pictures")
     if failures:
         listed = "\n".join(failures[:20] + ["…"] * (len(failures) > 20))
         raise UserError(f"{plural(len(failures), 'picture')} could not be read and had to be skipped:\n{listed}")

@@ -2,7 +2,7 @@
 
 OUTPUT_DIR gets
 
-    pictures.csv                  the rows of the arrays: name, file, width and height in px
+    pictures.csv                  the rows of the arrays: name, file, width and height in px, note
     subj01/activity_{lh,rh}.npy   (n_pictures, n_vertices of that hemisphere) float32, z-scores, the challenge's order
     subj01/fsaverage_{lh,rh}.npy  (n_vertices,) which vertices of fsaverage these are
     rois.csv                      means over every ROI: both hemispheres, left, right
@@ -20,7 +20,6 @@ from nibabel import gifti
 from core.files import output_folder
 from core.settings import progress, run
 from core.space import HEMIS, N_FSAVERAGE
-from model import UserError
 from predict import choose_checkpoints, load_encoder
 from tools.flatmap import FlatMap, describe_maps, fit_limits, save_figure
 from tools.pictures import find_pictures, list_pictures, plural, read_batches, report
@@ -48,7 +47,6 @@ def choose_subjects(names, predictor):
 def predict_batches(predictor, paths, failures):
     """Yields [Picture] and their latents, batch by batch; files that cannot be read are added to failures. Meanwhile
     threads decode files and run the trunk on the next batch."""
-    n_failed = len(failures)
     with ThreadPoolExecutor(1) as thread, progress(total=len(paths), desc="predicting", unit="picture") as bar:
         batches = read_batches(paths, predictor.batch_size, failures)
 
@@ -60,8 +58,6 @@ def predict_batches(predictor, paths, failures):
         while batch := coming.result():
             coming = thread.submit(next_batch)
             yield batch
-    if len(failures) - n_failed == len(paths):
-        raise UserError("none of the pictures could be read:\n" + "\n".join(failures[:20]))
 
 
 def region_weights(space, subject):
@@ -130,8 +126,8 @@ class Output:
             np.lib.format.open_memmap(path, "r+")[first : first + len(names)] = activity[:, columns]
         means = zip(names, activity @ self.weights.T)
         tables = {(name, self.name): self.table.assign(mean=mean) for name, mean in means}
-        table = pd.concat(tables, names=["picture", "subject"]).droplevel(2)
-        table.to_csv(self.folder.parent / "rois.csv", mode="a", header=not first, float_format="%.7g")
+        table, path = pd.concat(tables, names=["picture", "subject"]).droplevel(2), self.folder.parent / "rois.csv"
+        table.to_csv(path, mode="a", header=not path.exists(), float_format="%.7g")
         return np.where(space.present(self.subject), activity, np.float32(np.nan))
 
     def draw(self, names, images, activity):
@@ -168,7 +164,7 @@ def main():
         for output in outputs:
             output.close(n)
         table = pd.concat(tables, ignore_index=True)
-        table.drop(columns="warning").to_csv(folder / "pictures.csv", index_label="row")
+        table.to_csv(folder / "pictures.csv", index_label="row")
     print(f"wrote {OUTPUT_DIR}: {plural(n, 'picture')} for {', '.join(subjects)}")
     report(table, failures)
 

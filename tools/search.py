@@ -73,12 +73,10 @@ def distributions(n_components):
 
 
 def usual_constants(space):
-    """train_head.py's constants (report, Table 2), as far as they lie within the ranges: for the first trial."""
-    usual = {name: getattr(train_head, name) for name in space}
-    usual["PCA_DIM"] = usual["PCA_DIM"] or space["PCA_DIM"].high
-    is_inside = {name: kind.low <= usual[name] <= kind.high for name, kind in space.items() if name != "LAYERS"}
-    is_inside["LAYERS"] = usual["LAYERS"] in space["LAYERS"].choices
-    return {name: value for name, value in usual.items() if is_inside[name]}
+    """train_head.py's constants (report, Table 2), moved into the ranges: for the first trial."""
+    usual = {name: getattr(train_head, name) for name in space} | {"PCA_DIM": train_head.PCA_DIM or math.inf}
+    numbers = {name: min(max(usual[name], kind.low), kind.high) for name, kind in space.items() if name != "LAYERS"}
+    return numbers | {"LAYERS": space["LAYERS"].choices[0]}
 
 
 def trial_settings(params, run_dir):
@@ -143,8 +141,7 @@ def new_round(study, folder, space):
             round_dir = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="round-", dir=folder)))
             held.enter_context(lock(round_dir))
             seed = np.random.default_rng([SEED, 4, len(trials)]).integers(2**31)
-            # a Gaussian process after eight random trials; docs/search.md compares it with other samplers
-            study.sampler = optuna.samplers.GPSampler(seed=int(seed), n_startup_trials=8)
+            study.sampler = optuna.samplers.GPSampler(seed=int(seed), n_startup_trials=8)  # eight are random
             drawn = []
             for _ in range(min(HEADS, TRIALS - n_counted)):
                 drawn.append(study.ask(space))
@@ -183,7 +180,7 @@ def record_round(study, folder, trials, learners, data):
     """Record the scores of a round. head.pt is replaced first, so that it is never worse than a recorded trial."""
     scores = [-math.inf if learner.failed else learner.best for learner in learners]
     with study_lock(folder):
-        if max(scores) > max((trial.value for trial in scored_trials(study)), default=-math.inf):
+        if max(scores) > best_score(study):
             write_head(folder / "head.pt", learners[np.argmax(scores)], data)
         for trial, score in zip(trials, scores):
             if score > -math.inf:
@@ -193,22 +190,26 @@ def record_round(study, folder, trials, learners, data):
         write_results(study, folder)
 
 
-def scored_trials(study):
-    return study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+def best_score(study):
+    trials = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    return max((trial.value for trial in trials), default=-math.inf)
 
 
 def write_results(study, folder):
-    """search.csv: trial, val_r2, state (COMPLETE; PRUNED: diverged; FAIL: killed; RUNNING), constants; search.png."""
+    """search.csv: trial, val_r2, state (COMPLETE; PRUNED: diverged; FAIL: killed; RUNNING), constants."""
     table = study.trials_dataframe(("number", "value", "state", "params"))
     table = table.rename(columns=lambda name: name.removeprefix("params_"))
     with atomic_write(folder / "search.csv") as file:
         table.rename(columns={"number": "trial", "value": "val_r2"}).to_csv(file, index=False)
-    if scored_trials(study):
-        plt.switch_backend("Agg")
-        with plt.rc_context(), atomic_write(folder / "search.png") as file:  # Optuna changes matplotlib's style
-            axes = optuna.visualization.matplotlib.plot_slice(study, target_name="validation median R²")
-            axes[0].figure.savefig(file, dpi=120, format="png", bbox_inches="tight")
-        plt.close("all")
+
+
+def draw_trials(study, path):
+    """search.png: R² of every trial against each constant."""
+    plt.switch_backend("Agg")
+    with plt.rc_context(), atomic_write(path) as file:  # Optuna changes matplotlib's style
+        axes = optuna.visualization.matplotlib.plot_slice(study, target_name="validation median R²")
+        axes[0].figure.savefig(file, dpi=120, format="png", bbox_inches="tight")
+    plt.close("all")
 
 
 def winner_command(params, folder):
@@ -243,15 +244,15 @@ def main():
             ]
             Round("search", learners, data, pca, settings[0], tolerant=True).run()
             record_round(study, folder, trials, learners, data)
-        best = max((trial.value for trial in scored_trials(study)), default=math.nan)
-        print(f"finished trials {trials[0].number} to {trials[-1].number}, best so far {best:.4f}")
-    with study_lock(folder):
-        (folder / ".lock").unlink()
-    if not scored_trials(study):
+        print(f"finished trials {trials[0].number} to {trials[-1].number}, best so far {best_score(study):.4f}")
+    if best_score(study) == -math.inf:
         raise UserError(f"all trials in {folder / 'search.csv'} diverged: lower LEARNING_RATE_RANGE.")
+    with study_lock(folder):
+        draw_trials(study, folder / "search.png")
+        (folder / ".lock").unlink()
     best = study.best_trial
     print(f"best: trial {best.number}, validation median R² {best.value:.4f}, {best.params}")
-    print(f"wrote {folder / 'head.pt'}, {folder / 'search.csv'} and figures")
+    print(f"wrote {folder / 'head.pt'}, {folder / 'search.csv'}, {folder / 'search.png'}")
     print(f"To train it in full:\n{winner_command(best.params, folder)}")
 
 
