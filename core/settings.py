@@ -54,7 +54,7 @@ def override(namespace, arguments):
         default = default.lower() if kind is bool else default
         help_text = f"{comments.get(name, '')} (default: {default})".replace("%", "%%")
         number = {"nargs": "?", "const": "true"} if kind is bool else {}
-        number = {"nargs": "+"} if name == "IMAGES" else number  # a shell expands *.jpg
+        number = {"nargs": "+"} if name.startswith("IMAGES") else number  # a shell expands *.jpg
         options = {f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}
         number |= {"dest": name, "metavar": "VALUE", "type": converter(kind), "help": help_text}
         parser.add_argument(*sorted(options), **number)

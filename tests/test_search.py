@@ -181,7 +181,7 @@ def test_processes_share_a_study_and_a_killed_round_does_not_count(fitted, tmp_p
 
 
 def test_search_learns_from_its_trials(fitted, tmp_path, monkeypatch):
-    """On a known objective most trials of the third round are near the optimum, unlike those of the random first."""
+    """On a known objective most trials of the third round are near its maximum 0.3, unlike those of the random first."""
     winners = []
 
     def new_learner(trunk, settings, *_):
@@ -191,10 +191,11 @@ def test_search_learns_from_its_trials(fitted, tmp_path, monkeypatch):
     monkeypatch.setattr(train_head, "new_learner", new_learner)
     monkeypatch.setattr(search, "Round", lambda *_, **__: SimpleNamespace(run=lambda: None))
     monkeypatch.setattr(search, "write_head", lambda path, learner, data: winners.append(learner.best))
-    settings = SEARCH | dict(DATA_DIR=fitted, LATENT_DIM_RANGE=(16, 16), LEARNING_RATE_RANGE=(1e-4, 1e-1))
+    settings = SEARCH | dict(DATA_DIR=fitted, LEARNING_RATE_RANGE=(1e-4, 1e-1), FEATURE_DROPOUT_RANGE=(0.5, 0.5))
+    settings |= dict(LATENT_DIM_RANGE=(16, 16), PCA_DIM_RANGE=(16, 16), LAYERS_CHOICES="0")
     run_stage(search, **settings, RUN_DIR=tmp_path / "study", TRIALS=24, HEADS=8)
     values = [trial.value for trial in trials_of(tmp_path / "study")]
-    assert np.median(values[16:]) > np.median(values[:8]) + 0.4
+    assert np.median(values[:8]) < 0 and np.median(values[16:]) > 0.25
     assert winners[-1] == max(values) and winners == sorted(winners)
 
 

@@ -40,7 +40,7 @@ OUTPUT_DIR: str = ""  # empty: evaluation_NAME_SPLIT beside the checkpoint, or e
 FIGURES: bool = True  # false: scores only
 OUTLINES: str = "streams"  # ROI group outlined on flat maps; empty: none
 FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
-RESAMPLES: int = 500  # of the pictures, for 95 % intervals; 0: none. Full size: 3.8 GB
+RESAMPLES: int = 500  # of the pictures, for 95 % intervals; 0: none
 BATCH_SIZE: int = 64  # pictures at a time
 SEED: int = 0  # of the resamples and of the clustering in figure 2a
 PRECISION: str = "auto"  # auto, bfloat16, float16 or float32
@@ -151,7 +151,7 @@ def measure(data, split, predictor, infos, ceilings):
         fresh = np.flatnonzero(~np.isin(ids, trained_pictures(infos, data, split, subject)))
         left_out[subject] = len(ids) - len(fresh)
         if left_out[subject]:
-            print(f"{subject}: {left_out[subject]} pictures of {SPLITS[split]} left out, the model was trained on them")
+            print(f"{subject}, {SPLITS[split]}: left out {left_out[subject]} that the model was trained on")
         if len(fresh) > 1:  # R² needs two
             samples[s] = fresh, ids[fresh], *sample
     if not samples:
@@ -277,9 +277,8 @@ def overview(parts):
     """Headlines of scored splits as a DataFrame of text."""
     tables = []
     for part in parts:
-        rows = (
-            headlines(part).query("prediction != 'noise ceiling' or subject == 'all'").assign(split=SPLITS[part.split])
-        )
+        rows = headlines(part).assign(split=SPLITS[part.split])
+        rows = rows[(rows.subject == "all") | (rows.prediction != "noise ceiling") & (len(part.n_images) > 1)]
         rows["pictures"] = rows.subject.map({"all": part.n_pictures} | part.n_images)
         tables.append(rows.assign(text=[show(row) for row in rows.itertuples()]))
     index = ["split", "prediction", "subject", "pictures"]
@@ -292,9 +291,8 @@ def cite(part):
     rows = headlines(part).query("prediction == 'subject' and subject == 'all' and metric != 'r'")
     texts = [f"{TITLES[row.metric]} {show(row, ', 95 % CI ', '')}" for row in rows.itertuples()]
     low, high = min(part.n_images.values()), max(part.n_images.values())
-    n = f"{low} pictures" if low == high else f"{low} to {high} pictures"
-    unique = f"{part.n_pictures} unique; CI over pictures, not training seeds"
-    return f"{'; '.join(texts)} ({SPLITS[part.split]}, {n} per subject, {unique})"
+    n = f"{low if low == high else f'{low} to {high}'} pictures per subject, {part.n_pictures} unique"
+    return f"{'; '.join(texts)} ({SPLITS[part.split]}, {n}; CI over pictures, not training seeds)"
 
 
 def record(part):
@@ -331,10 +329,8 @@ def main():
         name = predictor.paths[0].stem if len(infos) == 1 else f"average_of_{len(infos)}"
         output = predictor.paths[0].with_name(f"evaluation_{name}_{split}")
     what = {"scored": source, "data_fingerprint": data.fingerprint, "splits": data.splits}
-    made_with = [
-        {key: info[key] for key in ("fingerprint", "made_with", "versions", "trunk_settings")} for info in infos
-    ]
-    what |= {"checkpoints": made_with, "constants": constants(globals())}
+    keys = ("fingerprint", "made_with", "versions", "trunk_settings")
+    what |= {"checkpoints": [{key: info[key] for key in keys} for info in infos], "constants": constants(globals())}
     within = NOISE_CEILING_DIR or (prepare_data.CHALLENGE_DIR if split == "synthetic" else CHALLENGE_DIR)
     with output_folder(OUTPUT_DIR or output, OVERWRITE, marker="scores.json") as folder:
         for part in (split, "test") if split in ("val", "synthetic") else (split,):

@@ -146,10 +146,10 @@ def figure_4c(table, unit):
             index=["roi_group", "roi"], columns="subject", values="score"
         )
         own = own.reindex(pd.MultiIndex.from_frame(places))
-        for k, name in enumerate(own):
+        for k, name in enumerate(own.columns if len(own.columns) > 1 else ()):
             label = None if k else f"one subject, {side}"
             axes.plot(places.index + shift, own[name], ".", color=colour, alpha=0.5, label=label)
-        label = f"median of the subjects, {side}"
+        label = f"{'median of the subjects' if len(own.columns) > 1 else own.columns[0]}, {side}"
         axes.plot(
             places.index + shift, own.median(axis=1), "_", color=colour, markersize=12, markeredgewidth=3, label=label
         )
