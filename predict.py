@@ -66,7 +66,8 @@ class Predictor:
 
     @property
     def rois(self):
-        return sorted({roi for _, roi in self.space.regions()} - {"all"})
+        groups = self.space.rois.values()
+        return sorted({name for group in groups for label, name in group["names"].items() if label})
 
     def index(self, subject):
         """Index of a subject's name; None for the group."""

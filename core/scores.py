@@ -1,10 +1,6 @@
-"""Scores of predictions. With activity y, prediction ŷ of a vertex over images and its noise ceiling c:
+"""R² of predictions: one function for training, validation and evaluation. With activity y, prediction ŷ of a vertex:
 
-    R²        = 1 - sum (y - ŷ)² / sum (y - mean y)²
-    r         = Pearson correlation; 0 where y or ŷ is constant
-    challenge = min(max(r, 0)² / c, 1), a ceiling of 0 counting as 1e-14; its mean is the challenge score
-
-One set of functions for training, validation and evaluation.
+R² = 1 - sum (y - ŷ)² / sum (y - mean y)² over images
 """
 
 import numpy as np
@@ -34,23 +30,6 @@ def r2_score(activity, prediction):
     r2 = 1 - residual / total
     r2[constant] = (residual[constant] == 0).double()
     return r2.cpu()
-
-
-def pearson(activity, prediction):
-    """Pearson r per vertex. (n_images, n_vertices) tensors -> (n_vertices,) float64, CPU; 0 where either is constant."""
-    x, y = activity.float(), prediction.float()
-    check_finite(y)
-    if len(x) < 2:
-        return torch.full(x.shape[1:], torch.nan, dtype=torch.float64)
-    constant = (x == x[0]).all(0) | (y == y[0]).all(0)
-    x, y = x - x.mean(0), y - y.mean(0)
-    xx, yy, xy = ((a * b).sum(0, dtype=torch.float64) for a, b in ((x, x), (y, y), (x, y)))
-    return torch.where(constant, 0, xy / (xx * yy).sqrt()).clamp(-1, 1).cpu()
-
-
-def challenge_score(r, ceiling):
-    """r, ceiling (n_vertices,) arrays, ceilings as fractions -> (n_vertices,), 0 to 1."""
-    return np.minimum(np.maximum(r, 0) ** 2 / np.where(ceiling == 0, 1e-14, ceiling), 1)
 
 
 def median(values):

@@ -45,8 +45,7 @@ def write_data(folder, splits, subjects=SUBJECTS, n_vertices=N_VERTICES):
 
 
 def write_weights(path, phase):
-    """A file in the authors' layout -> its encoder's tensors."""
-    generator = torch.Generator().manual_seed(1)
+    """A file in the authors' layout -> its encoder's tensors, its trunk's (None in phase 1)."""
     shapes = {
         "shared_proj.weight": (N_COMPONENTS, LATENT_DIM), "subj_proj.fc.weight": (8 * N_COMPONENTS, LATENT_DIM),
         "subj_proj.fc.bias": (8 * N_COMPONENTS,), "embed.weight": (N_VERTICES, N_COMPONENTS),
@@ -57,20 +56,18 @@ def write_weights(path, phase):
         shapes[f"feat_projs.{i}.proj.weight2"] = (LATENT_DIM, WIDTH)
         for name in ("weight", "bias", "running_mean", "running_var"):
             shapes[f"feat_projs.{i}.norm.{name}"] = (LATENT_DIM,)
-    weights = {name: 0.1 + torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    torch.manual_seed(1)
+    weights = {name: 0.1 + torch.rand(shape) for name, shape in shapes.items()}
     weights |= {f"feat_projs.{i}.norm.num_batches_tracked": torch.tensor(7) for i in range(6)}
-    trunk = None
-    if phase == 2:
-        vit = timm.create_model(import_authors.TRUNK, num_classes=0)
-        trunk = {name: value + 0.01 * torch.randn(value.shape) for name, value in vit.state_dict().items()}
+    state = timm.create_model(import_authors.TRUNK, num_classes=0).state_dict()
+    trunk = {name: value + 0.01 * torch.randn(value.shape) for name, value in state.items()} if phase == 2 else None
     torch.save({"epoch": 3, "metric": np.float64(0.2), "trunk": trunk, "encoder": weights}, path)
     return weights, trunk
 
 
-def convert(tmp_path, data_dir, weights="theirs.pt", checkpoint="head.pt"):
-    settings = dict(WEIGHTS=str(tmp_path / weights), DATA_DIR=str(data_dir), CHECKPOINT=str(tmp_path / checkpoint))
-    run_stage(import_authors, **settings)
-    return tmp_path / checkpoint
+def convert(tmp_path, data_dir, weights="theirs.pt"):
+    run_stage(import_authors, WEIGHTS=tmp_path / weights, DATA_DIR=data_dir, CHECKPOINT=tmp_path / "head.pt")
+    return tmp_path / "head.pt"
 
 
 @torch.no_grad()
@@ -88,35 +85,30 @@ def plain_prediction(weights, trunk, images):
     for i in range(6):
         projection = w[f"feat_projs.{i}.proj.weight1"], w[f"feat_projs.{i}.proj.weight2"], outputs[2 * i]
         p = torch.einsum("dt,dc,ntc->nd", *projection)
-        mean, variance = w[f"feat_projs.{i}.norm.running_mean"], w[f"feat_projs.{i}.norm.running_var"]
-        p = (p - mean) / (variance + 1e-5).sqrt()
-        h = h + (p * w[f"feat_projs.{i}.norm.weight"] + w[f"feat_projs.{i}.norm.bias"]) / 6
+        norm = {name: w[f"feat_projs.{i}.norm.{name}"] for name in ("weight", "bias", "running_mean", "running_var")}
+        p = (p - norm["running_mean"]) / (norm["running_var"] + 1e-5).sqrt()
+        h = h + (p * norm["weight"] + norm["bias"]) / 6
     own = (h @ w["subj_proj.fc.weight"].T + w["subj_proj.fc.bias"]).unflatten(1, (8, N_COMPONENTS))
     own = torch.stack([own[0, 1], own[1, 4]])  # picture 0: subj02, picture 1: subj05
-
-    def embed(z):
-        return z @ w["embed.weight"].T + w["embed.bias"]
-
-    group = embed(h @ w["shared_proj.weight"].T)
-    return (group + embed(own)).float(), group.float()
+    embedding, bias = w["embed.weight"].T, w["embed.bias"]
+    group = h @ w["shared_proj.weight"].T @ embedding + bias
+    return (group + own @ embedding + bias).float(), group.float()
 
 
 @pytest.mark.parametrize("phase", [1, 2])
 def test_converted_weights_predict_as_the_authors_code(phase, tmp_path):
     weights, trunk = write_weights(tmp_path / "theirs.pt", phase)
     data_dir = write_data(tmp_path / "data", "authors")
-    path = convert(tmp_path, data_dir)
-    encoder, space, made = load_checkpoint(path)
+    encoder, space, info = load_checkpoint(convert(tmp_path, data_dir))
     images = torch.randn(2, 3, 224, 224)
     subjects, group = plain_prediction(weights, trunk, images)
     with torch.no_grad():
         z = encoder(images, torch.tensor([0, 1]))
         torch.testing.assert_close(encoder.head.decode(z), subjects, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(encoder.head.decode(encoder(images)), group, rtol=1e-4, atol=1e-4)
-    data = prepare_data.load(data_dir)
-    assert made["made_with"]["data_fingerprint"] == data.fingerprint and made["finished"] and made["step"] == 3
-    assert made["train_nsd_ids"].tolist() == list(range(100, 108))
-    assert space.subjects == SUBJECTS
+    fingerprint = prepare_data.load(data_dir).fingerprint
+    assert info["made_with"]["data_fingerprint"] == fingerprint and info["finished"] and info["step"] == 3
+    assert info["train_nsd_ids"].tolist() == list(range(100, 108)) and space.subjects == SUBJECTS
     with pytest.raises(UserError, match="exists"):
         convert(tmp_path, data_dir)
 
@@ -125,13 +117,9 @@ def test_refusals(tmp_path):
     """Other splits, other people, other vertices; a trunk that lacks weights, and a file that is not theirs."""
     _, trunk = write_weights(tmp_path / "theirs.pt", 2)
     data_dir = write_data(tmp_path / "data", "authors")
-    for message, folder in {
-        "authors' splits": write_data(tmp_path / "other_splits", "pictures"),
-        "splits and subjects": write_data(tmp_path / "other_people", "authors", ["subj02", "sub-09"]),
-        "predicts 9 vertices": write_data(tmp_path / "other_vertices", "authors", n_vertices=8),
-    }.items():
-        with pytest.raises(UserError, match=message):
-            convert(tmp_path, folder)
+    for other in (("pictures",), ("authors", ["subj02", "sub-09"]), ("authors", SUBJECTS, 8)):
+        with pytest.raises(UserError, match="authors' splits and subjects|predicts 9 vertices"):
+            convert(tmp_path, write_data(tmp_path / f"other_{len(other)}", *other))
     content = torch.load(tmp_path / "theirs.pt", weights_only=False)
     partial = {name: value for name, value in trunk.items() if name != "blocks.4.norm1.weight"}
     torch.save(content | {"trunk": partial}, tmp_path / "partial.pt")

@@ -104,7 +104,9 @@ def run(world, **values):
     """evaluate.main() with these constants -> scores.json, its folder."""
     output = world.folder / "out" / str(len(list(world.folder.glob("out/*"))))
     settings = dict(DATA_DIR=world.folder / "data", RUN_DIR=world.folder, CHALLENGE_DIR=world.folder / "challenge")
-    settings |= dict(OUTPUT_DIR=output, DEVICE="cpu", PRECISION="float32", RESAMPLES=60, FIGURES=False) | values
+    settings |= (
+        dict(OUTPUT_DIR=output, DEVICE="cpu", PRECISION="float32", RESAMPLES=60, FIGURES=False, N_EXAMPLES=2) | values
+    )
     run_stage(evaluate, **settings)
     return json.loads(Path(settings["OUTPUT_DIR"], "scores.json").read_text()), Path(settings["OUTPUT_DIR"])
 
@@ -150,8 +152,8 @@ def test_scores_of_every_vertex(world, evaluation):
         has = world.space.mask[s].numpy()
         np.testing.assert_allclose(vertices["subject_r2"][s], r2_of(world, s, rows, world.signal[s]), atol=1e-3)
         np.testing.assert_allclose(vertices["group_r2"][s], r2_of(world, s, rows, group), atol=1e-3)
-        pairs = zip(world.activity[s][rows][:, has].T, world.signal[s][rows][:, has].T)
-        r = np.array([scipy.stats.pearsonr(*pair).statistic for pair in pairs])
+        pair = world.activity[s][rows][:, has], world.signal[s][rows][:, has]
+        r = scipy.stats.pearsonr(*pair, axis=0).statistic
         np.testing.assert_allclose(vertices["subject_r"][s][has], r, atol=1e-3)
         ceiling = np.where(world.ceilings[s] == 0, 1e-14, world.ceilings[s])[has]
         expected = np.minimum(np.maximum(r, 0) ** 2 / ceiling, 1)
@@ -198,7 +200,8 @@ def test_resampled_scores_are_those_of_repeated_pictures():
         drawn = np.repeat(np.arange(12), times.int())
         a, p = y[drawn].astype(float), prediction[drawn].astype(float)
         constant = (a == a[0]).all(0) | (p == p[0]).all(0)
-        r = np.array([0 if c else scipy.stats.pearsonr(*pair).statistic for c, *pair in zip(constant, a.T, p.T)])
+        r = np.zeros(23)
+        r[~constant] = scipy.stats.pearsonr(a[:, ~constant], p[:, ~constant], axis=0).statistic
         expected = {"r2": r2_score(a, p, multioutput="raw_values"), "r": r}
         expected["challenge"] = np.minimum(np.maximum(r, 0) ** 2 / np.where(ceiling == 0, 1e-14, ceiling), 1)
         for metric, values in expected.items():
@@ -207,23 +210,19 @@ def test_resampled_scores_are_those_of_repeated_pictures():
 
 
 def test_intervals_hold_what_other_pictures_give():
-    """Intervals of a median and of a difference: how often do they hold the mean over many sets of pictures?"""
-    rng, n_images, n_vertices, has = np.random.default_rng(0), 25, 40, np.full(40, np.nan)
-    gain, numbers, held = rng.uniform(0.2, 0.8, n_vertices), [], []
+    """How often does the interval of a median hold the mean over many sets of pictures?"""
+    rng, numbers, ends = np.random.default_rng(0), [], []
+    gain = rng.uniform(0.2, 0.8, 40)
     for i in range(150):
-        signal, shared = rng.normal(size=(2, n_images, n_vertices)) + rng.normal(size=(2, n_images, 1))
-        y = torch.tensor(gain * signal + 0.7 * shared).float()
-        pair = torch.tensor(gain * signal).float(), torch.tensor(0.7 * shared * gain).float()
-        weights = evaluate.draw_pictures(n_images, 120, seed=i)
-        a, b = (np.median(r2_score(y, p, multioutput="raw_values")) for p in pair)
-        ra, rb = (np.median(evaluate.resampled_scores(y, p, weights, has)["r2"], axis=1) for p in pair)
-        numbers.append([a, a - b])
-        held.append([evaluate.interval(a, ra), evaluate.interval(a - b, ra - rb)])
-    truth, ends = np.mean(numbers, 0), np.array(held)
-    share = ((ends[..., 0] <= truth) & (truth <= ends[..., 1])).mean(0)
-    assert (share > 0.88).all() and (share < 0.99).all(), share  # 25 pictures: a little too short
+        signal, noise = rng.normal(size=(2, 25, 40)) + rng.normal(size=(2, 25, 1))
+        y, prediction = torch.tensor(gain * signal + 0.7 * noise), torch.tensor(gain * signal)
+        weights = evaluate.draw_pictures(25, 120, seed=i)
+        resampled = evaluate.resampled_scores(y, prediction, weights, np.full(40, np.nan))["r2"]
+        numbers.append(np.median(r2_score(y, prediction, multioutput="raw_values")))
+        ends.append(evaluate.interval(numbers[-1], np.median(resampled, axis=1)))
+    low, high = np.transpose(ends)
+    assert 0.88 < ((low <= np.mean(numbers)) & (np.mean(numbers) <= high)).mean() < 0.99  # a little too short
     assert evaluate.interval(0.5, np.array([0.0, 0.1, np.nan, 0.2])) == pytest.approx([0.405, 0.595])
-    assert evaluate.interval(0.5, np.full(3, np.nan)) is None
 
 
 def test_intervals_in_the_scores(world, evaluation):
@@ -403,9 +402,9 @@ def test_submissions_and_averages(world, evaluation, monkeypatch):
         save_sides(submission / name, "pred_test", world.signal[s][N_PICTURES:], world.space, s)
     content, _ = run(world, SUBMISSION=submission)
     assert list(content["scores"]) == ["subject", "noise ceiling"]
-    average = world.folder / "evaluation_average_of_16_challenge"  # its name does not grow with their number
+    average = world.folder / "evaluation_average_of_4_challenge"
     run_stage(
-        evaluate, CHECKPOINT=",".join([str(world.folder / "head.pt")] * 16), DATA_DIR=world.folder / "data",
+        evaluate, CHECKPOINT=",".join([str(world.folder / "head.pt")] * 4), DATA_DIR=world.folder / "data",
         CHALLENGE_DIR=world.folder / "challenge", SPLIT="challenge", RESAMPLES=0, DEVICE="cpu", FIGURES=False,
     )  # fmt: skip
     averaged = json.loads((average / "scores.json").read_text())["scores"]["subject"]
@@ -471,8 +470,8 @@ def test_samples_from_best_to_worst(world, evaluation):
     """Figure 4b: of the first subject, with nsd ids, measured beside predicted."""
     has, rows = world.space.mask[0].numpy(), np.arange(N_PICTURES, N_PICTURES + N_TEST)
     r2 = r2_score(world.activity[0][rows][:, has].T, world.signal[0][rows][:, has].T, multioutput="raw_values")
-    order, panels = np.argsort(-r2)[[0, 3, 6, 8, 11, 14]], evaluation.drawn["figure_4b_samples.png"][0]
-    for i, (picture, measured, predicted) in zip(order, np.array(panels[:18], object).reshape(6, 3, 2)):
+    order, panels = np.argsort(-r2)[[0, 14]], evaluation.drawn["figure_4b_samples.png"][0]
+    for i, (picture, measured, predicted) in zip(order, np.array(panels[:6], object).reshape(2, 3, 2)):
         assert picture[0] == f"nsd-{world.data.nsd_ids[rows[i]]:05d}, R² {r2[i]:z.2f}"
         for (_, collections), values in ((measured, world.activity[0]), (predicted, world.signal[0])):
             assert_shown(world, collections, np.where(has, values[rows[i]], np.nan))
@@ -496,12 +495,6 @@ def test_flat_maps(world):
             inside = outlines["streams", name]
             assert np.array_equal(inside[flat.column >= 0], (labels == label)[flat.column[flat.column >= 0]])
     assert flat.outlines("", 0) == {} == flat.outlines("floc-faces", 0)
-    figure, axes = plt.subplots()
-    values = np.where(np.arange(space.n_vertices) % 5, np.nan, 1.0)  # isolated vertices: no complete triangle
-    shown = flat.draw(axes, values, (0, 1), "inferno", {})
-    flatmap.describe_maps(figure, [shown], [axes], "R²", {})
-    figure.canvas.draw()
-    plt.close(figure)
 
 
 def test_maps_of_pixels():

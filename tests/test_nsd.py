@@ -21,19 +21,8 @@ import prepare_data
 from core.space import HEMIS, N_FSAVERAGE, ROI_GROUPS
 from model import UserError
 from nsd import coco, export_flat, prepare_flat, prepare_nsd, prepare_synthetic
+from tests import simulated_nsd as sim
 from tests.conftest import run_process, run_stage
-from tests.simulated_nsd import (
-    ACQUIRED,
-    BETAS,
-    BRICK,
-    DESIGN,
-    INFO,
-    N_SESSIONS,
-    N_TRIALS,
-    simulate,
-    write_bricks,
-    write_mgh,
-)
 
 FINISHED = {1: True, 3: False}  # whether a subject saw every shared picture three times
 LEVEL = 5 / 255  # of the activity in NSD-Flat
@@ -42,13 +31,13 @@ LEVEL = 5 / 255  # of the activity in NSD-Flat
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     folder = tmp_path_factory.mktemp("release")
-    simulate(folder)
+    sim.simulate(folder)
     return folder
 
 
 def settings(release, **values):
     inputs = dict(NSD_DIR=release / "nsd", RSC_DIR=release / "rsc")
-    return inputs | dict(N_SESSIONS=N_SESSIONS, TRIALS_PER_SESSION=N_TRIALS) | values
+    return inputs | dict(N_SESSIONS=sim.N_SESSIONS, TRIALS_PER_SESSION=sim.N_TRIALS) | values
 
 
 # ---- an independent derivation ------------------------------------------------------------------
@@ -67,26 +56,26 @@ def plain_zscore(column):
 
 def plain_trials(release, number):
     """Trial by trial: [nsd id], [in the last three sessions], {hemi: (n_trials, n) z-scores}, {hemi: vertices}."""
-    root, design = release / "nsd", scipy.io.loadmat(release / "nsd" / DESIGN)
+    root, design = release / "nsd", scipy.io.loadmat(release / "nsd" / sim.DESIGN)
     z, vertices = {}, {}
     for hemi in HEMIS:
         inside = read_surface(root / f"nsddata/freesurfer/fsaverage/label/{hemi}.nsdgeneral.mgz") == 1
         inside |= read_surface(release / f"rsc/{hemi}.nsdgeneralRSC.mgz") == 1
         mask, series = np.flatnonzero(inside), []
-        for session in range(1, ACQUIRED[number] + 1):
-            image = nibabel.load(root / BETAS.format(number) / f"{hemi}.betas_session{session:02d}.mgh")
+        for session in range(1, sim.ACQUIRED[number] + 1):
+            image = nibabel.load(root / sim.BETAS.format(number) / f"{hemi}.betas_session{session:02d}.mgh")
             series.append([plain_zscore(image.dataobj[v, 0, 0].tolist()) for v in mask])
         series = np.concatenate(series, axis=1).T
         complete = ~np.isnan(series).any(0)
         z[hemi], vertices[hemi] = series[:, complete], mask[complete]
     columns = design["masterordering"][0, : len(series)].astype(int)
     ids = [int(design["subjectim"][number - 1, column - 1]) - 1 for column in columns]
-    return ids, [t >= (ACQUIRED[number] - 3) * N_TRIALS for t in range(len(ids))], z, vertices
+    return ids, [t >= (sim.ACQUIRED[number] - 3) * sim.N_TRIALS for t in range(len(ids))], z, vertices
 
 
 def plain_pictures(release, number, ids, held):
     """Training and test pictures, each sorted."""
-    shared = set((scipy.io.loadmat(release / "nsd" / DESIGN)["sharedix"][0] - 1).tolist())
+    shared = set((scipy.io.loadmat(release / "nsd" / sim.DESIGN)["sharedix"][0] - 1).tolist())
     training = sorted({i for i, h in zip(ids, held) if not h})
     candidates = sorted(set(ids) - set(training))
     return training, [i for i in candidates if i not in shared or (FINISHED[number] and ids.count(i) == 3)]
@@ -103,7 +92,7 @@ def plain_folder(release, number):
             rows = [np.mean([y for y, i, h in zip(z[hemi], ids, held) if (i, h) == (c, late)], axis=0) for c in chosen]
             arrays[f"{split}_split/{split}_fmri/{hemi}_{split}_fmri.npy"] = np.array(rows)
         m = sum(1 / ids.count(i) for i in test) / len(test)
-        ncsnr = read_surface(root / BETAS.format(number) / f"{hemi}.ncsnr.mgh")[vertices[hemi]]
+        ncsnr = read_surface(root / sim.BETAS.format(number) / f"{hemi}.ncsnr.mgh")[vertices[hemi]]
         arrays[f"test_split/noise_ceiling/{hemi}_noise_ceiling.npy"] = np.array([s**2 / (s**2 + m) for s in ncsnr])
         inside = np.isin(np.arange(N_FSAVERAGE), vertices[hemi]).astype(int)
         arrays[f"roi_masks/{hemi}.all-vertices_fsaverage_space.npy"] = inside
@@ -130,7 +119,7 @@ def challenge(release):
     return release / "challenge"
 
 
-@pytest.mark.parametrize("number", ACQUIRED)
+@pytest.mark.parametrize("number", sim.ACQUIRED)
 def test_challenge_folder_is_the_derivation(number, release, challenge):
     folder = challenge / f"subj{number:02d}"
     arrays, pictures = plain_folder(release, number)
@@ -143,7 +132,7 @@ def test_challenge_folder_is_the_derivation(number, release, challenge):
         if "_fmri" in name:
             assert (result[:, (expected == 0).all(0)] == 0).all(), name  # constant vertices
         np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6 if "fmri" in name else 1e-15, err_msg=name)
-    with h5py.File(release / "nsd" / BRICK) as file:
+    with h5py.File(release / "nsd" / sim.BRICK) as file:
         for name, i in pictures.items():
             assert (np.asarray(Image.open(folder / name)) == file["imgBrick"][i]).all(), name
     for group in ROI_GROUPS:
@@ -153,8 +142,8 @@ def test_challenge_folder_is_the_derivation(number, release, challenge):
 
 def test_simulation_has_the_special_cases(release):
     """The comparison above is worth as much as what occurs in it."""
-    shared = set((scipy.io.loadmat(release / "nsd" / DESIGN)["sharedix"][0] - 1).tolist())
-    for number in ACQUIRED:
+    shared = set((scipy.io.loadmat(release / "nsd" / sim.DESIGN)["sharedix"][0] - 1).tolist())
+    for number in sim.ACQUIRED:
         ids, held, z, vertices = plain_trials(release, number)
         training, test = plain_pictures(release, number, ids, held)
         late = [i for i, h in zip(ids, held) if h]
@@ -183,48 +172,50 @@ def test_killed_run_continues_with_the_next_subject(release, challenge, tmp_path
     assert contents(tmp_path) == contents(challenge) and sorted(os.listdir(tmp_path)) == ["subj01", "subj03"]
 
 
-def linked_copy(release, folder):
-    """The raw release to be damaged: links to the files, folders of its own."""
-    shutil.copytree(release / "nsd", folder, copy_function=os.link)
-    return folder
+def prepare_damaged(release, folder, damage, **values):
+    """Prepare from a copy of the raw release, links to its files, after damage(copy); nothing may be written."""
+    shutil.copytree(release / "nsd", folder / "nsd", copy_function=os.link)
+    damage(folder / "nsd")
+    with pytest.raises(UserError) as error:
+        values = settings(release, NSD_DIR=folder / "nsd", CHALLENGE_DIR=folder / "challenge", **values)
+        run_stage(prepare_nsd, **values)
+    assert not list(folder.glob("challenge/subj*"))
+    return str(error.value)
+
+
+def listed_files(error):
+    return sorted(line[2:] for line in error.splitlines() if line.startswith("  "))
 
 
 def test_every_missing_file_is_listed(release, tmp_path):
-    root = linked_copy(release, tmp_path / "nsd")
-    gone = [f"{BETAS.format(1)}/lh.betas_session06.mgh", f"{BETAS.format(3)}/rh.ncsnr.mgh", BRICK, DESIGN]
+    gone = [f"{sim.BETAS.format(1)}/lh.betas_session06.mgh", f"{sim.BETAS.format(3)}/rh.ncsnr.mgh", sim.BRICK]
     gone += ["nsddata/freesurfer/subj03/label/lh.floc-faces.mgz", "nsddata/freesurfer/subj01/label/streams.mgz.ctab"]
-    for path in gone:
-        (root / path).unlink()
-    with pytest.raises(UserError) as error:
-        run_stage(prepare_nsd, **settings(release, CHALLENGE_DIR=tmp_path / "challenge", NSD_DIR=root))
-    listed = [line[2:] for line in str(error.value).splitlines() if line.startswith("  ")]
-    assert sorted(listed) == sorted(f"s3://natural-scenes-dataset/{path}" for path in gone)
+    error = prepare_damaged(release, tmp_path, lambda root: [(root / path).unlink() for path in gone])
+    assert listed_files(error) == sorted(f"s3://natural-scenes-dataset/{path}" for path in gone)
 
 
-def truncate(path):
+def truncate(root):
+    path = root / sim.BETAS.format(1) / "rh.betas_session02.mgh"
     content = path.read_bytes()[:-1000]
-    path.unlink()  # a link to the others' file
+    path.unlink()  # a link to the release's file
     path.write_bytes(content)
 
 
-def drop_trial(path):
+def drop_trial(root):
+    path = root / sim.BETAS.format(1) / "rh.betas_session02.mgh"
     path.unlink()
-    write_mgh(path, {0: np.ones(N_TRIALS - 1)}, N_TRIALS - 1)
+    sim.write_mgh(path, {0: np.ones(sim.N_TRIALS - 1)}, sim.N_TRIALS - 1)
 
 
-def count_from_0(path):
-    design = scipy.io.loadmat(path)
-    path.unlink()
-    scipy.io.savemat(path, {name: values - 1 for name, values in design.items() if name[0] != "_"})
+def count_from_0(root):
+    design = scipy.io.loadmat(root / sim.DESIGN)
+    (root / sim.DESIGN).unlink()
+    scipy.io.savemat(root / sim.DESIGN, {name: values - 1 for name, values in design.items() if name[0] != "_"})
 
 
 @pytest.mark.parametrize("damage", [truncate, drop_trial, count_from_0])
 def test_inputs_that_shift_pictures_are_refused(damage, release, tmp_path):
-    root = linked_copy(release, tmp_path / "nsd")
-    damage(root / (DESIGN if damage is count_from_0 else f"{BETAS.format(1)}/rh.betas_session02.mgh"))
-    with pytest.raises(UserError):
-        run_stage(prepare_nsd, **settings(release, CHALLENGE_DIR=tmp_path / "challenge", NSD_DIR=root, SUBJECTS="subj01"))
-    assert not list(tmp_path.glob("challenge/subj*"))
+    prepare_damaged(release, tmp_path, damage, SUBJECTS="subj01")
 
 
 def test_folders_are_neither_mixed_nor_lost(release, challenge, tmp_path):
@@ -233,7 +224,8 @@ def test_folders_are_neither_mixed_nor_lost(release, challenge, tmp_path):
     for changes in (dict(N_SESSIONS=(5, 40, 5)), dict(RSC_DIR="")):
         with pytest.raises(UserError, match="was made with"):
             run_stage(prepare_nsd, **values | changes)
-    run_stage(prepare_nsd, **values | dict(NSD_DIR=tmp_path / "deleted", SUBJECTS="subj01,subj03"))  # raw files may be gone
+    everybody = dict(NSD_DIR=tmp_path / "deleted", SUBJECTS="subj01,subj03")
+    run_stage(prepare_nsd, **values | everybody)  # finished: the raw files may be gone
     run_stage(prepare_nsd, **values | dict(OVERWRITE=True, SUBJECTS="subj01"))
     assert contents(tmp_path / "challenge") == before
     (tmp_path / "challenge/subj01/prepare_nsd.json").unlink()  # like the challenge's download
@@ -287,15 +279,15 @@ def plain_maps(release, number):
 
 
 def test_flat_rows_are_the_derivation(release, flat):
-    with open(release / "nsd" / INFO) as file:
+    with open(release / "nsd" / sim.INFO) as file:
         infos = list(csv.DictReader(file))
     rows = {split: iter(read_table(flat, split).to_pylist()) for split in ("train", "test")}
-    with h5py.File(release / "nsd" / BRICK) as stimuli:
-        for number in ACQUIRED:
+    with h5py.File(release / "nsd" / sim.BRICK) as stimuli:
+        for number in sim.ACQUIRED:
             for trial, (i, held, expected) in enumerate(zip(*plain_maps(release, number))):
                 row, info = next(rows["test" if held else "train"]), infos[i]
                 identity = [row[name] for name in ("subject_id", "trial_id", "session_id", "nsd_id", "subject")]
-                assert identity == [number - 1, trial, trial // N_TRIALS, i, f"subj{number:02d}"]
+                assert identity == [number - 1, trial, trial // sim.N_TRIALS, i, f"subj{number:02d}"]
                 texts = row["repetitions"] | {name: row[name] for name in ("flagged", "BOLD5000", "shared1000")}
                 assert {k: str(v) for k, v in texts.items()} == {k: info[k] for k in texts} and len(texts) == 27
                 assert trial + 1 in [row["repetitions"][f"subject{number}_rep{r}"] for r in range(3)]
@@ -359,7 +351,9 @@ def test_older_revision_strays_and_one_subject(flat, tmp_path):
     assert (one.images[one.image] == both.images[both.image[both.subject == 1]]).all()
 
 
-def test_incomplete_and_repeated_shards_are_refused(flat, tmp_path):
+def test_missing_incomplete_and_repeated_shards_are_refused(flat, tmp_path):
+    with pytest.raises(UserError, match="nowhere has no train"):
+        run_stage(prepare_flat, FLAT_DIR=tmp_path / "nowhere", DATA_DIR=tmp_path / "data")
     shutil.copytree(flat, tmp_path / "flat")
     first, second, *_ = sorted(tmp_path.glob("flat/data/train-*"))
     for change in (lambda: shutil.copy(first, second), second.unlink):
@@ -408,10 +402,10 @@ def test_coco_annotations_are_cropped_and_scaled():
 # ---- NSD-synthetic ------------------------------------------------------------------------------
 
 
-def test_synthetic_folder_is_the_derivation(release, challenge, tmp_path, monkeypatch):
+def test_synthetic_folder_is_the_derivation(challenge, tmp_path):
     rng, root = np.random.default_rng(0), tmp_path / "nsd"
-    write_bricks(root / prepare_synthetic.STIMULI, 6, (720, 740), range(6), rng)
-    write_bricks(root / prepare_synthetic.OWN_STIMULI.format("subj03"), 3, (720, 740), range(3), rng)
+    sim.write_bricks(root / prepare_synthetic.STIMULI, 6, (720, 740), range(6), rng)
+    sim.write_bricks(root / prepare_synthetic.OWN_STIMULI.format("subj03"), 3, (720, 740), range(3), rng)
     order = rng.permutation([0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 8, 8])
     (root / prepare_synthetic.DESIGN).parent.mkdir(parents=True)
     scipy.io.savemat(root / prepare_synthetic.DESIGN, {"masterordering": order[None] + 1.0})
@@ -421,10 +415,15 @@ def test_synthetic_folder_is_the_derivation(release, challenge, tmp_path, monkey
         series = 9 + rng.normal(0, 2, (9, len(vertices)))[order] + rng.standard_normal((21, len(vertices)))
         series[4, 0], series[:, 1], series[:, 2] = np.nan, 7, np.nan
         betas[hemi] = series.astype(np.float32)
-        write_mgh(root / prepare_synthetic.BETAS.format("subj03", hemi), dict(zip(vertices, betas[hemi].T)), 21)
+        sim.write_mgh(root / prepare_synthetic.BETAS.format("subj03", hemi), dict(zip(vertices, betas[hemi].T)), 21)
     output = tmp_path / "synthetic"
-    run_stage(prepare_synthetic, NSD_DIR=root, CHALLENGE_DIR=challenge, OUTPUT_DIR=output, SUBJECTS="subj03",
-        TRIALS_PER_SESSION=21, N_SHARED=6, N_OWN=3)  # fmt: skip
+    values = dict(NSD_DIR=root, CHALLENGE_DIR=challenge, TRIALS_PER_SESSION=21, N_SHARED=6, N_OWN=3)
+    with pytest.raises(UserError) as error:
+        run_stage(prepare_synthetic, **values, OUTPUT_DIR=output)  # subj01's files are missing
+    missing = [prepare_synthetic.OWN_STIMULI.format("subj01")]
+    missing += [prepare_synthetic.BETAS.format("subj01", hemi) for hemi in HEMIS]
+    assert listed_files(str(error.value)) == sorted(f"s3://natural-scenes-dataset/{path}" for path in missing)
+    run_stage(prepare_synthetic, **values, OUTPUT_DIR=output, SUBJECTS="subj03")
     m = (6 / 2 + 1 / 3 + 1 / 2 + 1 / 4) / 9
     for hemi in HEMIS:
         activity = np.load(output / f"subj03/test_split/test_fmri/{hemi}_test_fmri.npy")

@@ -22,6 +22,7 @@ from model import UserError, trunk_outputs
 from tests.conftest import run_stage
 from tools import contrast, predict_pictures
 from tools.pictures import find_pictures, read_batches, read_picture
+from tools.vertices import roi_masks
 
 PHOTO = Image.fromarray(load_sample_images().images[0]).resize((320, 214))  # a landscape
 
@@ -186,12 +187,13 @@ def test_predictions_of_ones_own_pictures(photos, finetuned_dir, tmp_path, capsy
             columns = space.columns(subject, hemi)
             activity = np.load(folder / f"activity_{hemi}.npy")
             np.testing.assert_allclose(activity, expected[:, columns], atol=1e-5)
+            assert (folder / f"activity_{hemi}.npy").stat().st_size == 128 + activity.nbytes
             vertices = np.load(folder / f"fsaverage_{hemi}.npy")
             assert vertices.tolist() == space.vertices[columns].tolist()
             surface = nibabel.load(folder / f"{pictures.picture[1]}_{hemi}.func.gii").darrays[0].data
             np.testing.assert_array_equal(surface[vertices], activity[1])
             assert len(surface) == 163842 and np.isnan(np.delete(surface, vertices)).all()
-            region = space.regions(subject)["prf-visualrois", "V1"][columns]
+            region = roi_masks(space, subject)["prf-visualrois", "V1"][columns]
             mean = rois[(rois.subject == name) & (rois.roi == "V1") & (rois.hemisphere == hemi)]
             np.testing.assert_allclose(mean["mean"], activity[:, region].mean(1), atol=1e-5)
             assert mean.picture.tolist() == pictures.picture.tolist() and (mean.n_vertices == region.sum()).all()
@@ -257,7 +259,7 @@ def test_contrast_is_scipys_t_test_of_plain_predictions(run_dir, challenge, tmp_
         np.testing.assert_allclose(np.load(saved / f"mean_b_{hemi}.npy"), b.mean(0)[columns], atol=1e-5)
         np.testing.assert_allclose(np.load(saved / f"t_{hemi}.npy"), t[columns], rtol=0.01, atol=0.01)
         assert np.load(saved / f"fsaverage_{hemi}.npy").tolist() == space.vertices[columns].tolist()
-    region = space.regions(5)["prf-visualrois", "V1"]
+    region = roi_masks(space, 5)["prf-visualrois", "V1"]
     row = pd.read_csv(tmp_path / "out/rois.csv").query("roi == 'V1' and hemisphere == 'both'").iloc[0]
     expected = ttest_ind(a[:, region].mean(1), b[:, region].mean(1), equal_var=False).statistic
     assert row.t == pytest.approx(expected, rel=0.01)
@@ -308,6 +310,6 @@ def test_berg_interface(finetuned_dir, tmp_path, monkeypatch):
         np.testing.assert_allclose(activity[:, vertices], expected[:, columns], atol=1e-4)
         v1 = metadata["fmri"][f"{hemi}_fsaverage_rois"]["V1"]
         np.testing.assert_array_equal(in_roi, activity[:, v1])
-        assert len(v1) == space.regions(5)["prf-visualrois", "V1"][columns].sum() > 0
+        assert len(v1) == roi_masks(space, 5)["prf-visualrois", "V1"][columns].sum() > 0
     assert model.get_model_id() == "fmri-nsd_fsaverage-blobgpt"
     model.cleanup()

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from optuna.trial import TrialState
+from PIL import Image
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
 
@@ -62,8 +63,9 @@ def fitted(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    monkeypatch.setattr(training, "save_curves", lambda *_: None)  # slow
+def fast_figures(monkeypatch):
+    monkeypatch.setattr(training, "save_curves", lambda *_: None)
+    monkeypatch.setattr(search, "draw_trials", lambda study, path: path.touch())  # drawn by run_process() alone
 
 
 # ---- many heads on one trunk ---------------------------------------------------------------------
@@ -177,6 +179,7 @@ def test_processes_share_a_study_and_a_killed_round_does_not_count(fitted, tmp_p
     assert [t.value for t in trials[:2]] == [t.value for t in killed[:2]]
     assert len({tuple(t.params.items()) for t in trials}) == 8
     assert_is_best(folder, fitted, tmp_path)
+    assert Image.open(folder / "search.png").width > 500
     assert {path.name for path in folder.iterdir()} == {"head.pt", "search.csv", "search.png", "study.journal"}
 
 

@@ -33,6 +33,7 @@ from core.scores import median, r2_score
 from core.settings import choose_device, choose_precision, constants, progress, run
 from model import Encoder, UserError, trunk_outputs
 from tools import evaluate, ridge
+from tools.vertices import find
 
 DATA_DIR: str = "new_person_data"  # the person's prepared data: prepare_data.py --subjects NAME --data_dir …
 SUBJECT: str = ""  # the person's name in DATA_DIR; empty: the only one there
@@ -93,7 +94,7 @@ class Person:
         self.rows = np.flatnonzero(data.subject == self.s)
         self.split, self.nsd_ids = data.split[self.rows], data.nsd_ids[data.image[self.rows]]
         self.fresh = ~np.isin(self.nsd_ids, trained_ids)
-        columns = space.find(data.space)
+        columns = find(space, data.space)
         self.known = data.space.present(self.s) & (columns >= 0)
         self.columns = columns[self.known]
         functions = [encoder.latents, lambda features: ridge.pool_tokens(encoder.trunk, features)]
@@ -246,7 +247,7 @@ def choose_person(data, space, path):
         raise UserError(f"{path} already has {name}: prepare the new person under another name.")
     if not len(data.samples("train", s)) or not len(data.samples("val", s)):
         raise UserError(f"{name} has no training or no validation pictures in {DATA_DIR}.")
-    if data.space.unit != space.unit or not (data.space.present(s) & (space.find(data.space) >= 0)).any():
+    if data.space.unit != space.unit or not (data.space.present(s) & (find(space, data.space) >= 0)).any():
         raise UserError(f"{name} and {path} have no {space.unit} in common.")
     return name
 

@@ -4,15 +4,16 @@
     python -m tools.benchmark --parts run     both phases at full size on random data; 20 GB of disk
     python -m tools.benchmark --parts prepare,pca,step,heads,predict --other FOLDER --device cpu
 
-The last compares this version with another checkout: it times whole commands in alternation, without their start-up.
-No part needs data or a network; gpu and run need only the first packages of requirements.txt, and with --device cpu
-they run the same code at toy size. A check that fails says why, and the next one begins.
+The last is for CPUs; prepare, pca and step time whole commands here and in another checkout, in alternation. gpu and
+run need no data and only the first packages of requirements.txt; with --device cpu they run the same code at toy size.
+A check that fails says why, and the next one begins.
 """
 
 import contextlib
 import gc
-import importlib
+import importlib.util
 import io
+import itertools
 import os
 import re
 import statistics
@@ -23,7 +24,7 @@ import time
 from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ import train_head
 from core import training
 from core.files import load_torch
 from core.settings import choose_device, choose_precision, constants, run, versions
-from core.space import HEMIS, N_FSAVERAGE, Space
+from core.space import Space
 from model import Crops, Trunk, UserError, autocast
 from predict import load_encoder
 
@@ -44,12 +45,12 @@ PARTS: str = "gpu"  # gpu, run, and for CPUs prepare, pca, step, heads, predict;
 OUTPUT: str = "benchmark.md"  # the table
 PEAK_TFLOPS: float = 990.0  # of the card, dense bfloat16: H100 and H200
 RUN_SHARE: float = 1.0  # of the report's 5,000 and 2,000 steps (part run)
-OTHER: str = ""  # folder of another checkout to compare with (parts for CPUs)
+OTHER: str = ""  # folder of another checkout (parts prepare, pca, step)
+CHALLENGE_DIR: str = "demo/challenge"  # challenge folder (parts prepare, pca, step); the demo leaves a simulated one
 TRUNK: str = train_head.TRUNK  # timm name (parts for CPUs)
 BATCH_SIZE: int = 16  # samples (parts for CPUs)
-SHARE: float = 0.03125  # of the challenge's 75,086 samples (parts for CPUs)
+PCA_DIM: int = 256  # components (part pca)
 REPEATS: int = 3  # of every timing; the median counts
-PRECISION: str = "auto"  # of what is timed: auto, bfloat16, float16 or float32
 DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,7 @@ TOY_SIZES = dict(
     n_train=48, n_val=24, batch=16, finetune_batch=8, n_steps=1, n_float16=8, n_samples=96,
     n_images=112, n_files=16, n_reference=32, gflop=0.031,
 )  # fmt: skip
+CPU_SIZES = GPU_SIZES | dict(n_train=600, n_val=24, pca_dim=256, n_steps=2, n_files=64, n_reference=32)
 
 
 class Bench:
@@ -70,11 +72,7 @@ class Bench:
 
     def __init__(self, device, folder, sizes):
         self.device, self.folder, self.sizes = device, Path(folder), SimpleNamespace(**sizes)
-        self.precision, self.is_gpu, self.seconds = choose_precision(PRECISION, device), device.type == "cuda", {}
-
-    @cached_property
-    def small_dir(self):
-        return self.write_data("small", n_train=48, n_images=72, n_val=24, n_vertices=60, pca_dim=12)
+        self.precision, self.is_gpu, self.seconds = choose_precision("auto", device), device.type == "cuda", {}
 
     @cached_property
     def inputs(self):
@@ -84,25 +82,19 @@ class Bench:
         data = prepare_data.load(self.write_data("data", n_train=s.n_train, n_images=s.n_train + s.n_val, **options))
         return data, fit_pca.load(self.folder / "data", data), training.read_pictures(data)
 
-    @cached_property
-    def checkpoint(self):
-        """Path of a head trained for one step."""
-        call(train_head, **self.settings(DATA_DIR=str(self.folder / "data"), STEPS=1, WARMUP_STEPS=0))
-        return self.folder / "run/head.pt"
-
     def write_data(self, name, *, n_train, n_images, n_val, n_vertices, pca_dim):
         """DATA_DIR of eight subjects: n_train training samples, and n_val validation samples of different pictures."""
         image = np.concatenate([np.arange(n_train) % (n_images - n_val), np.arange(n_images - n_val, n_images)])
         half, none, split = n_vertices // 2, np.empty(0, np.int64), np.repeat(np.int8([0, 1]), [n_train, n_val])
-        vertices = torch.cat([torch.arange(half), torch.arange(n_vertices - half)])
-        mask, names = torch.ones(8, n_vertices, dtype=torch.bool), [f"subj{i:02d}" for i in range(1, 9)]
+        vertices, mask = torch.arange(n_vertices) % half, torch.ones(8, n_vertices, dtype=torch.bool)
+        space = Space([f"subj{i:02d}" for i in range(1, 9)], vertices, half, mask, {})
         samples = dict(subject=np.arange(len(image)) % 8, image=image, split=split, test_subject=none, test_image=none)
         parts = np.array_split(image, len(image) // 1024 + 1)
         colours = np.random.default_rng(0).integers(0, 256, (n_images, 4, 4, 3), np.uint8)
         with contextlib.redirect_stdout(io.StringIO()):
             prepare_data.write_prepared(
-                self.folder / name, space=Space(names, vertices, half, mask, {}), samples=samples, splits="pictures",
-                nsd_ids=np.arange(n_images), n_training_images=n_images, made_with={},
+                self.folder / name, space=space, samples=samples, splits="pictures", made_with={},
+                nsd_ids=np.arange(n_images), n_training_images=n_images,
                 activity=(torch.randn(len(p), n_vertices, device=self.device).half().cpu().numpy() for p in parts),
                 images=(colour.repeat(64, 0).repeat(64, 1) for colour in colours),
             )  # fmt: skip
@@ -113,7 +105,7 @@ class Bench:
         """The stage's constants with the sizes of this bench."""
         s = self.sizes
         own = dict(PRETRAINED=False, RUN_DIR=str(self.folder / "run"), WARMUP_STEPS=2, DEVICE=str(self.device))
-        own |= vars(s) | {"BATCH_SIZE": s.batch if stage is train_head else s.finetune_batch, "PRECISION": PRECISION}
+        own |= vars(s) | {"BATCH_SIZE": s.batch if stage is train_head else s.finetune_batch}
         return {name: own.get(name, value) for name, value in constants(vars(stage)).items()} | changes
 
     def learner(self, trunk=None, precision=None, device=None, **changes):
@@ -125,8 +117,7 @@ class Bench:
 
     def batches(self, learner):
         """-> Batches for a learner, the first of them on its device, Crops."""
-        data, pca, images = self.inputs
-        device = learner.encoder.head.embed_bias.device
+        (data, pca, images), device = self.inputs, learner.encoder.head.embed_bias.device
         batches = training.Batches(data, pca, images, learner.settings, device)
         return batches, batches.prepare(0), Crops(learner.encoder.trunk, learner.settings.CROP_SCALE, device)
 
@@ -140,7 +131,7 @@ class Bench:
         wait()
         return (time.perf_counter() - start) / n
 
-    def medians(self, *works, n):
+    def medians(self, *works, n=1):
         """Median seconds of each function, n calls in a row, in alternation, each after a call that does not count."""
         times = [[] for _ in works]
         for _ in range(REPEATS):
@@ -156,7 +147,7 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def peak(self, limit=""):
+    def peak(self, limit):
         gigabytes = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.is_gpu else 0
         return "peak GPU memory", gigabytes, "GiB", limit
 
@@ -172,9 +163,10 @@ def report(name, check, bench, judged):
     start = time.perf_counter()
     try:
         for what, value, unit, limit in check(bench):
-            sign, bound, verdict = limit[:1], limit[2:], ""
+            verdict = ""
             if judged and limit:
-                verdict = "ok" if (value <= float(bound) if sign == "≤" else value >= float(bound)) else "MISSED"
+                passed = value <= float(limit[2:]) if limit[0] == "≤" else value >= float(limit[2:])
+                verdict = "ok" if passed else "MISSED"
             say(f"| {name}: {what} | {value:.4g} {unit} | {limit} | {verdict} |")
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[-300:].replace("|", "/")
@@ -185,22 +177,13 @@ def report(name, check, bench, judged):
 
 def call(script, **values):
     """A script's main() with these constants, without its output."""
-    before = {name: vars(script)[name] for name in values}
-    try:
-        vars(script).update(values)
-        with contextlib.redirect_stdout(io.StringIO()):
-            script.main()
-    finally:
-        vars(script).update(before)
+    with patch.multiple(script, **values), contextlib.redirect_stdout(io.StringIO()):
+        script.main()
 
 
 def command(folder, words):
-    """Run python in a checkout -> (seconds, its output)."""
-    start, pipe = time.perf_counter(), subprocess.PIPE
-    done = subprocess.run([sys.executable, *words], cwd=folder, stdout=pipe, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words)[:200]}: {done.stdout[-300:]}")
-    return time.perf_counter() - start, done.stdout
+    """Run python in a folder -> its output; errors go to the terminal."""
+    return subprocess.run([sys.executable, *words], cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def difference(a, b):
@@ -209,27 +192,10 @@ def difference(a, b):
     return max(float((x - y).norm() / y.norm().clamp(min=1e-30)) for x, y in pairs)
 
 
-def n_different(a, b):
-    """How many of these pairs of tensors differ in any bit."""
-    return sum(not torch.equal(x.cpu(), y.cpu()) for x, y in zip(a, b, strict=True))
-
-
 def tensors_of(state):
     """Copies of weights, buffers and the optimiser's moments in a Learner's state."""
     moments = [value for each in state["optimizer"]["state"].values() for value in each.values()]
     return [tensor.clone() for tensor in [*state["weights"].values(), *moments]]
-
-
-def write_pictures(folder, n, ending):
-    """n files of 425 x 425 px -> paths."""
-    folder.mkdir(parents=True)
-    paths = [folder / f"{i:05d}.{ending}" for i in range(n)]
-    for path, colours in zip(paths, np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), np.uint8)):
-        Image.fromarray(colours).resize((425, 425)).save(path)
-    return paths
-
-
-# ---- right ---------------------------------------------------------------------------------------
 
 
 def check_numbers(bench):
@@ -250,7 +216,10 @@ def one_batch(bench, device, precision):
     learner.loss = 0.0
     learner.accumulate(features, batch, 0, 1.0)
     gradients = [p.grad / learner.scaler.get_scale() for p in learner.trainable.values()]
-    return {"features": features, "head": [z], "loss": [learner.loss], "gradients": gradients}
+    with torch.no_grad(), autocast(device, precision):
+        activity = learner.encoder.eval().predict(learner.encoder.latents(features), 0)
+    values = {"features": features, "head": [z], "loss": [learner.loss], "gradients": gradients}
+    return values | {"predicted activity": [activity]}
 
 
 def check_float16(bench):
@@ -261,13 +230,12 @@ def check_float16(bench):
     for _ in range(n):
         training.train_step([learner], crops, batch)
         losses.append(float(learner.loss))
+    yield "losses that are not finite", sum(~np.isfinite(losses)), f"of {n}", "≤ 0"
     yield "steps that were skipped", n - learner.n_losses, f"of {n}", ""
-    yield "losses that are not finite", sum(~np.isfinite(losses)), "", "≤ 0"
-    yield "mean loss of the last quarter / first", np.mean(losses[-n // 4 :]) / losses[0], "", "≤ 1"
     before, learner.scaler = tensors_of(learner.state()), torch.amp.GradScaler(bench.device.type, 2.0**100)
     training.train_step([learner], crops, batch)
     yield "scale after an overflow / before", learner.scaler.get_scale() / 2.0**100, "", "≤ 0.5"
-    yield "tensors that changed in a skipped step", n_different(tensors_of(learner.state()), before), "", "≤ 0"
+    yield "change of weights and optimiser in this step", difference(tensors_of(learner.state()), before), "", "≤ 0"
 
 
 def check_loader(bench):
@@ -286,30 +254,22 @@ def check_loader(bench):
 
 def check_runs(bench):
     """train_head.py to the end; interrupted after a validation and continued; by torchrun in one process."""
-    names = "whole", "continued", "torchrun"
-    options = dict(DATA_DIR=str(bench.small_dir), BATCH_SIZE=16, STEPS=6, VALIDATE_EVERY=3)
-    whole, continued, single = (bench.settings(RUN_DIR=str(bench.folder / name), **options) for name in names)
-    train_step, steps = training.train_step, []
-
-    def interrupted(*arguments):
-        steps.append(1)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-        train_step(*arguments)
-
-    training.train_step = interrupted
-    with contextlib.suppress(KeyboardInterrupt):
-        call(train_head, **continued)
-    training.train_step = train_step
-    call(train_head, **continued)
+    names, root = ("whole", "continued", "torchrun"), str(bench.folder)
+    data_dir = bench.write_data("small", n_train=48, n_images=72, n_val=24, n_vertices=60, pca_dim=12)
+    options = dict(DATA_DIR=str(data_dir), BATCH_SIZE=16, STEPS=6, VALIDATE_EVERY=3)
+    whole, continued, single = (bench.settings(RUN_DIR=f"{root}/{name}", **options) for name in names)
     call(train_head, **whole)
+    steps = iter(4 * [training.train_step])  # the fifth step raises StopIteration
+    with patch.object(training, "train_step", lambda *each: next(steps)(*each)), contextlib.suppress(StopIteration):
+        call(train_head, **continued)
+    call(train_head, **continued)
     single["DEVICE"] = "auto" if bench.is_gpu else "cpu"
     words = [f"--{name.lower()}={value}" for name, value in single.items() if not isinstance(value, tuple)]
-    command(ROOT, "-m torch.distributed.run --standalone --nproc_per_node=1 train_head.py".split() + words)
-    files = [bench.folder / name / "train_head.state.pt" for name in names]
-    whole, *others = (tensors_of(load_torch(path, training.FORMAT, "")["learners"][0]) for path in files)
-    for what, tensors in zip(("interrupted and continued", "one process of torchrun"), others):
-        yield f"{what}, tensors that differ from a whole run", n_different(tensors, whole), "", "≤ 0"
+    command(ROOT, "-m torch.distributed.run --standalone --nproc_per_node=1".split() + [train_head.__file__] + words)
+    states = [load_torch(f"{root}/{name}/train_head.state.pt", training.FORMAT, "")["learners"][0] for name in names]
+    whole, *others = map(tensors_of, states)
+    for what, tensors in zip(("interrupted and continued", "by torchrun in one process"), others):
+        yield f"{what}, change of the result", difference(tensors, whole), "", "≤ 0"
 
 
 def check_heads(bench):
@@ -319,33 +279,24 @@ def check_heads(bench):
     _, batch, crops = bench.batches(together[0])
     for learners in 3 * [together, alone[:1], alone[1:]]:
         training.train_step(learners, crops, batch)
-    pairs = [(tensors_of(a.state()), tensors_of(b.state())) for a, b in zip(together, alone)]
-    yield "tensors that differ from each alone", sum(n_different(a, b) for a, b in pairs), "", "≤ 0"
+    for k, (a, b) in enumerate(zip(together, alone), start=1):
+        yield f"head {k}, change", difference(tensors_of(a.state()), tensors_of(b.state())), "", "≤ 0"
 
 
 def check_pca(bench):
-    """30 strong axes, and targets, against the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    y = torch.randn(600, 30, generator=generator) @ torch.randn(30, 300, generator=generator)
-    y += torch.randn(600, 300, generator=generator)
+    """Small data with 30 strong axes against the CPU; then the full size."""
+    torch.manual_seed(0)
+    y = torch.randn(600, 30) @ torch.randn(30, 300) + torch.randn(600, 300)
     ours, cpu = (fit_pca.fit(y.to(device), 30, fit_pca.PASSES, 0).cpu() for device in (bench.device, "cpu"))
     yield "smallest cosine between the subspaces", float(torch.linalg.svdvals(ours.T @ cpu).min()), "", "≥ 0.9999"
-    data = prepare_data.load(bench.small_dir)
-    pca = fit_pca.load(bench.small_dir, data)
+    data, pca, _ = bench.inputs
     error = difference([pca.latents, pca.residual], fit_pca.project(data, pca.components, pca.mean))
     yield "targets, relative error", error, "", "≤ 1e-4"
-
-
-def check_predictions(bench):
-    """Activity in float32 against the CPU."""
-    images, devices = bench.inputs[2][:16], (str(bench.device), "cpu")
-    predictors = [load_encoder(bench.checkpoint, device, "float32") for device in devices]
-    for subject in ("subj02", "group"):
-        ours, cpu = (torch.from_numpy(predictor.predict(images, subject).lh) for predictor in predictors)
-        yield f"{subject}, relative error", difference([ours], [cpu]), "", "≤ 1e-4"
-
-
-# ---- fast and small ------------------------------------------------------------------------------
+    bench.free()
+    y = torch.randn(bench.sizes.n_samples, bench.sizes.n_vertices, device=bench.device)
+    seconds = bench.clock(lambda: fit_pca.fit(y, bench.sizes.pca_dim, fit_pca.PASSES, 0))
+    yield f"{bench.sizes.pca_dim} components of {' x '.join(map(str, y.shape))}", seconds, "s", "≤ 120"
+    yield bench.peak("≤ 32")
 
 
 def check_phase(bench, stage, compiled=False):
@@ -379,16 +330,12 @@ def check_phase(bench, stage, compiled=False):
     alone, without_loader, whole = bench.medians(*works, n=bench.sizes.n_steps)
     bench.seconds[stage, compiled] = whole
     yield bench.peak("≤ 30")
-    yield f"trunk alone, batch {n}", 1e3 * alone, "ms", ""
-    yield f"whole step, batch {n}", 1e3 * whole, "ms", ""
+    flops = n * bench.sizes.gflop / 1e3  # of the trunk's forward pass
+    for what, t in (("trunk alone", alone), ("whole step", whole)):
+        share = f", {flops / t:.1f} TFLOP/s, {flops / t / PEAK_TFLOPS:.1%} of the card's" if is_first else ""
+        yield f"{what}, batch {n}", 1e3 * t, f"ms, {n / t:.0f} pictures/s{share}", ""
     yield "whole step / trunk alone", whole / alone, "", "≤ 1.1" if is_first else ""
     yield "lost to the loader", whole / without_loader - 1, "", "≤ 0.03"
-    for what, seconds in (("trunk alone", alone), ("whole step", whole)):
-        yield what, n / seconds, "pictures/s", ""
-        if is_first:
-            tflops = n * bench.sizes.gflop / 1e3 / seconds
-            yield f"{what}, operations of the trunk", tflops, "TFLOP/s", ""
-            yield f"{what}, share of the card's {PEAK_TFLOPS:g}", tflops / PEAK_TFLOPS, "", ""
     stream.close()
     torch.compiler.reset()
 
@@ -401,42 +348,24 @@ def check_eight_heads(bench):
     bench.free()
     works = (partial(training.train_step, each, crops, batch) for each in (learners, learners[:1]))
     eight, one = bench.medians(*works, n=bench.sizes.n_steps)
-    yield bench.peak("≤ 40")
     yield "step", 1e3 * eight, "ms", ""
     yield "of eight runs", eight / (8 * one), "", "≤ 0.25"
-
-
-def check_validation(bench):
-    s, (data, _, images), encoder = bench.sizes, bench.inputs, bench.learner().encoder
-    work = partial(training.validate, [encoder], data, images, "val", s.batch, bench.precision)
-    [bench.seconds["validation"]] = bench.medians(work, n=1)
-    yield f"{s.n_val} pictures x {s.n_vertices} vertices", bench.seconds["validation"], "s", ""
-    yield bench.peak()
-
-
-def check_full_pca(bench):
-    s = bench.sizes
-    y = torch.randn(s.n_samples, s.n_vertices, device=bench.device)
-    fit_pca.fit(y[:64], 4, 1, 0)  # starts the GPU's libraries
-    bench.free()
-    seconds = bench.clock(lambda: fit_pca.fit(y, s.pca_dim, fit_pca.PASSES, 0))
-    yield f"{s.n_samples} x {s.n_vertices}, {s.pca_dim} components", seconds, "s", "≤ 120"
-    yield bench.peak("≤ 32")
-
-
-def import_tool(name):
-    """A tool whose tables and maps are not needed here: packages that only these need may be missing."""
-    for package in ("pandas", "nilearn", "nibabel"):
-        if importlib.util.find_spec(package) is None:
-            sys.modules[package] = MagicMock()
-    return importlib.import_module(f"tools.{name}")
+    yield bench.peak("≤ 40")
 
 
 def check_pictures(bench):
     """JPEG files to an array of one subject, and receptive fields, against the trunk on pictures on the device."""
-    s, images, tool = bench.sizes, bench.inputs[2], import_tool("predict_pictures")
-    predictor = load_encoder(bench.checkpoint, str(bench.device), PRECISION)
-    files, n = write_pictures(bench.folder / "jpg", s.n_files, "jpg"), min(predictor.batch_size, s.n_files)
+    for package in ("pandas", "nilearn", "nibabel"):  # tables and maps are not needed here
+        if importlib.util.find_spec(package) is None:
+            sys.modules[package] = MagicMock()
+    from tools import explain, predict_pictures
+
+    s, images = bench.sizes, bench.inputs[2]
+    call(train_head, **bench.settings(DATA_DIR=str(bench.folder / "data"), STEPS=1, WARMUP_STEPS=0))
+    predictor = load_encoder(bench.folder / "run/head.pt", str(bench.device))
+    files, n = [bench.folder / f"{i}.jpg" for i in range(s.n_files)], min(predictor.batch_size, s.n_files)
+    for file, colours in zip(files, np.random.default_rng(0).integers(0, 256, (s.n_files, 32, 32, 3), np.uint8)):
+        Image.fromarray(colours).resize((425, 425)).save(file)
     pictures = torch.zeros(n, 3, s.IMAGE_SIZE, s.IMAGE_SIZE, device=bench.device)
     array = np.lib.format.open_memmap(bench.folder / "own.npy", "w+", "<f4", (s.n_files, s.n_vertices))
 
@@ -447,27 +376,30 @@ def check_pictures(bench):
                 predictor.encoders[0].trunk(pictures)
 
     def from_files():
-        for k, (batch, latents) in enumerate(tool.predict_batches(predictor, files, [])):
+        for k, (batch, latents) in enumerate(predict_pictures.predict_batches(predictor, files, [])):
             array[k * n : k * n + len(batch)] = predictor.decode(latents, 0)
 
-    alone, whole = bench.medians(trunk_alone, from_files, n=1)
+    alone, whole = bench.medians(trunk_alone, from_files)
     yield "from files to an array", s.n_files / whole, "pictures/s", ""
     yield "of the trunk's rate", alone / whole, "", "≥ 0.5" if bench.is_gpu else "≥ 0.8"
-    tool, images = import_tool("explain"), images[: s.n_reference]
     with torch.inference_mode():
-        decomposition = tool.Decomposition(predictor.encoders[0], 0, np.arange(s.n_vertices))
-        fields = partial(tool.measure_covariance, decomposition, images, predictor.precision)
-        fields, predicting = bench.medians(fields, lambda: predictor.decode(predictor.latents(images), 0), n=1)
+        decomposition, images = (
+            explain.Decomposition(predictor.encoders[0], 0, np.arange(s.n_vertices)),
+            images[: s.n_reference],
+        )
+        fields = partial(explain.measure_covariance, decomposition, images, predictor.precision)
+        fields, predicting = bench.medians(fields, lambda: predictor.decode(predictor.latents(images), 0))
     yield f"receptive fields by {len(images)} pictures / predicting these", fields / predicting, "", "≤ 3"
 
 
 def check_headline(bench):
-    """Minutes at full size, estimated from the steps and the validation above."""
-    for stage, minutes in ((train_head, 120), (finetune, 60)):
-        validations = (1 + stage.STEPS * stage.BATCH_SIZE / 63800) * bench.seconds["validation"]
-        for compiled in (False, True):
-            ours = (stage.STEPS * bench.seconds[stage, compiled] + validations) / 60
-            yield f"{stage.__name__}.py{', compiled' * compiled} (report, V100: {minutes} min)", ours, "min", ""
+    """Validation, and minutes at full size estimated from it and the steps above."""
+    s, (data, _, images), encoder = bench.sizes, bench.inputs, bench.learner().encoder
+    [validation] = bench.medians(partial(training.validate, [encoder], data, images, "val", s.batch, bench.precision))
+    yield f"validation, {s.n_val} pictures x {s.n_vertices} vertices", validation, "s", ""
+    for (stage, compiled), step in bench.seconds.items():
+        ours = (stage.STEPS * step + (1 + stage.STEPS * stage.BATCH_SIZE / 63800) * validation) / 60
+        yield f"{stage.__name__}.py{', compiled' * compiled}", ours, f"min; report, V100: {REPORT[stage]}", ""
 
 
 def check_run(bench):
@@ -476,89 +408,64 @@ def check_run(bench):
     options = dict(n_train=s.n_samples, n_images=s.n_images, n_val=s.n_val, n_vertices=s.n_vertices, pca_dim=s.pca_dim)
     paths = dict(DATA_DIR=str(bench.write_data("full", **options)), RUN_DIR=str(bench.folder / "full_run"))
     yield f"data of {s.n_images} pictures, and PCA", (time.perf_counter() - start) / 60, "min", ""
-    for stage, minutes in ((train_head, 120), (finetune, 60)):
+    for stage in REPORT:
         steps = round(stage.STEPS * RUN_SHARE) if bench.is_gpu else 3
         settings = bench.settings(stage, **paths, STEPS=steps, WARMUP_STEPS=steps // 20, COMPILE=bench.is_gpu)
         bench.free()
         ours = bench.clock(partial(call, stage, **settings)) / 60
-        yield f"{stage.__name__}.py, {steps} steps (report, V100, {stage.STEPS}: {minutes} min)", ours, "min", ""
+        yield f"{stage.__name__}.py, {steps} steps", ours, f"min; report, V100, {stage.STEPS}: {REPORT[stage]}", ""
         yield bench.peak("≤ 30")
 
 
-# ---- beside another checkout, on a CPU -----------------------------------------------------------
-
-
-def write_challenge(folder, n):
-    """A challenge folder of eight people with n training pictures each: few files under many names."""
-    files, rng = write_pictures(folder / "files", 64, "png"), np.random.default_rng(0)
-    for s in range(8):
-        subject, ids = folder / f"subj{s + 1:02d}", iter(range(s, 10**6, 8))
-        for split, name, rows in (("training", "train", range(n)), ("test", "test", range(4))):
-            pictures = subject / f"{split}_split/{split}_images"
-            pictures.mkdir(parents=True)
-            for row, nsd_id in zip(rows, ids):
-                os.link(files[nsd_id % 64], pictures / f"{name}-{row + 1:04d}_nsd-{nsd_id:05d}.png")
-        for part in ("roi_masks", "training_split/training_fmri"):
-            (subject / part).mkdir()
-        for hemi, v in zip(HEMIS, (19004, 20544)):
-            activity, mask = rng.standard_normal((n, v), np.float32), np.int64(np.arange(N_FSAVERAGE) < v)
-            np.save(subject / f"training_split/training_fmri/{hemi}_training_fmri.npy", activity)
-            np.save(subject / f"roi_masks/{hemi}.all-vertices_fsaverage_space.npy", mask)
-
-
-def compare(bench, name, needs="", longer="", limit=""):
+def compare(bench, stage, needs="", longer="", limit=""):
     """Time a command here and in OTHER in alternation, less its start-up or, if it has a longer form, its short one."""
-    n, challenge = round(75086 * SHARE / 8), bench.folder / "challenge"
     trunk = f"--trunk {TRUNK} --pretrained false --layers blocks.{{0,2,4,6,8,10}} --batch_size {BATCH_SIZE}"
     texts = {
-        "prepare": f"prepare_data.py --challenge_dir {challenge} --data_dir WHERE/data",
-        "pca": f"fit_pca.py --data_dir WHERE/data --pca_dim {min(2048, 3 * n)} --device cpu",
-        "step": f"train_head.py --data_dir WHERE/data --run_dir WHERE/run {trunk} --warmup_steps 1 --steps 2 --device cpu",
+        "prepare": f"prepare_data.py --challenge_dir {Path(CHALLENGE_DIR).resolve()} --data_dir data",
+        "pca": f"fit_pca.py --data_dir data --pca_dim {PCA_DIM} --device cpu",
+        "step": f"train_head.py --data_dir data --run_dir run {trunk} --device cpu --warmup_steps 1 --steps 2",
     }
-    if not challenge.exists():
-        write_challenge(challenge, n)
-    roots, seconds, memory = {"here": ROOT} | ({"there": Path(OTHER).resolve()} if OTHER else {}), {}, {}
-    for repeat in range(REPEATS):
-        for where, root in roots.items():
-            words = {
-                key: f"{text} --overwrite true".replace("WHERE", str(bench.folder / where)).split()
-                for key, text in texts.items()
-            }
-            for need in needs.split() if repeat == 0 else ():
-                command(root, words[need])
-            whole, output = command(root, words[name] + longer.split())
-            short, _ = command(root, words[name] + ([] if longer else ["--help"]))
-            seconds.setdefault(where, []).append(whole - short)
-            memory[where] = float(re.search(r"peak memory ([\d.]+) GB", output)[1])
-    for where in roots:
-        yield f"time {where}", statistics.median(seconds[where]), "s", ""
-        yield f"peak memory {where}", memory[where], "GB", ""
+    roots, outputs = {"here": ROOT} | ({"there": Path(OTHER).resolve()} if OTHER else {}), {}
+    seconds = {where: [] for where in roots}
+    for repeat, (where, root) in itertools.product(range(REPEATS), roots.items()):
+        folder = bench.folder / where
+        folder.mkdir(exist_ok=True)
+
+        def go(name, more="", folder=folder, root=root, where=where):
+            outputs[where] = command(folder, f"{root}/{texts[name]} --overwrite true {more}".split())
+
+        for need in needs.split() if repeat == 0 else ():
+            go(need)
+        short = bench.clock(partial(go, stage, "" if longer else "--help"))
+        seconds[where].append(bench.clock(partial(go, stage, longer)) - short)
+    medians = {where: statistics.median(times) for where, times in seconds.items()}
+    for where, median in medians.items():
+        memory = re.search(r"peak memory ([\d.]+ GB)", outputs[where])[1]
+        yield f"{where}, peak memory {memory}", median, "s", ""
     if OTHER:
-        ratio = statistics.median(seconds["here"]) / statistics.median(seconds["there"])
-        yield "time here / there", ratio, "", limit
+        yield "here / there", medians["here"] / medians["there"], "", limit
 
 
+REPORT = {train_head: 120, finetune: 60}  # minutes on a V100
 RIGHT = {
     "numbers": check_numbers, "float16": check_float16, "loader": check_loader, "runs": check_runs,
-    "two heads": check_heads, "small PCA": check_pca, "predictions": check_predictions,
+    "two heads": check_heads, "PCA": check_pca,
 }  # fmt: skip
 FAST = {
     "phase 1": partial(check_phase, stage=train_head), "phase 2": partial(check_phase, stage=finetune),
-    "eight heads": check_eight_heads, "validation": check_validation, "own pictures": check_pictures,
+    "eight heads": check_eight_heads, "own pictures": check_pictures,
     "phase 1, compiled": partial(check_phase, stage=train_head, compiled=True),
-    "phase 2, compiled": partial(check_phase, stage=finetune, compiled=True),
-    "headline": check_headline, "full PCA": check_full_pca,
+    "phase 2, compiled": partial(check_phase, stage=finetune, compiled=True), "headline": check_headline,
 }  # fmt: skip
 CHECKS = {
     "gpu": RIGHT | FAST,
     "run": {"full run": check_run},
-    "prepare": {"preparation": partial(compare, name="prepare", limit="≤ 1")},
-    "pca": {"PCA": partial(compare, name="pca", needs="prepare", limit="≤ 1.5")},
-    "step": {"10 steps": partial(compare, name="step", needs="prepare pca", longer="--steps 12", limit="≤ 1.03")},
+    "prepare": {"preparation": partial(compare, stage="prepare", limit="≤ 1")},
+    "pca": {"PCA": partial(compare, stage="pca", needs="prepare", limit="≤ 1.5")},
+    "step": {"10 steps": partial(compare, stage="step", needs="prepare pca", longer="--steps 12", limit="≤ 1.03")},
     "heads": {"eight heads": check_eight_heads},
     "predict": {"own pictures": check_pictures},
 }
-CPU_SIZES = dict(n_train=600, n_val=24, pca_dim=256, n_steps=2, n_files=64, n_reference=32)
 
 
 def main():
@@ -567,19 +474,17 @@ def main():
         raise UserError(f"PARTS is {PARTS}, expected some of {', '.join(CHECKS)}.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
     on_gpu, is_toy = device.type == "cuda", device.type == "cpu" and {"gpu", "run"} & set(parts)
-    sizes = TOY_SIZES if is_toy else GPU_SIZES
-    sizes = sizes if on_gpu or is_toy else sizes | CPU_SIZES | dict(TRUNK=TRUNK, batch=BATCH_SIZE)
+    sizes = GPU_SIZES if on_gpu else TOY_SIZES if is_toy else CPU_SIZES | dict(TRUNK=TRUNK, batch=BATCH_SIZE)
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
     Path(OUTPUT).write_text("")
     say(
-        f"{name}, {os.cpu_count()} cores, {versions()}, {choose_precision(PRECISION, device)}, {time.strftime('%Y-%m-%d')}\n"
+        f"{name}, {os.cpu_count()} cores, {versions()}, {choose_precision('auto', device)}, {time.strftime('%Y-%m-%d')}\n"
     )
     say("| check | measured | limit | |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(device, folder, sizes)
-        for part in parts:
-            for name, check in CHECKS[part].items():
-                report(name, check, bench, judged=not is_toy or name in RIGHT)
+        for name, check in (item for part in parts for item in CHECKS[part].items()):
+            report(name, check, bench, judged=not is_toy or name in RIGHT)
     say(f"| *all* | {time.perf_counter() - start:.0f} s | | |")
 
 

@@ -9,6 +9,7 @@ from core.checkpoint import read_checkpoint
 from core.space import HEMIS, N_FSAVERAGE, Space
 from model import PICTURE_SIZE
 from predict import load_encoder
+from tools.vertices import roi_masks
 
 try:
     from berg.interfaces.base_model import BaseModelInterface
@@ -59,7 +60,7 @@ class EncodingModel(BaseModelInterface):
 def rois_on_fsaverage(space, subject):
     """{ROI: {hemi: vertices of fsaverage}} of subject 1 to 8."""
     index, rois = space.subjects.index(f"subj{subject:02d}"), {}
-    for (_, roi), region in reversed(space.regions(index).items()):
+    for (_, roi), region in reversed(roi_masks(space, index).items()):
         columns = {hemi: space.columns(index, hemi) for hemi in HEMIS}
         rois[roi] = {hemi: space.vertices.numpy()[own[region[own]]] for hemi, own in columns.items()}
     return rois

@@ -26,6 +26,7 @@ from core.settings import choose_device, choose_precision, constants, run
 from model import Trunk, UserError, parse_layers, trunk_outputs
 from tools import ridge
 from tools.evaluate import draw_pictures, interval, resampled_scores
+from tools.vertices import roi_masks
 
 TABLE_4 = {  # median R² (report)
     "vit_base_patch16_224.mae": 0.1832,
@@ -123,8 +124,8 @@ def score_methods(encoders, data, precision):
         r2.append([r2_score(activity, prediction).numpy() for prediction in predictions])
         pairs = [(activity.cpu(), prediction.cpu()) for prediction in predictions]
         resampled.append([resampled_scores(*pair, counts[:, place], no_ceiling)["r2"] for pair in pairs])
-        regions = data.space.regions(s).items()
-        streams.append({roi: inside[mask] for (group, roi), inside in regions if group == "streams" and roi != "all"})
+        areas = roi_masks(data.space, s).items()
+        streams.append({roi: inside[mask] for (group, roi), inside in areas if group == "streams" and roi != "all"})
     table = []
     for i in range(len(encoders) + RIDGE):
         row = {"method": "head", "seed": i} if i < len(encoders) else {"method": "ridge", "seed": 0}

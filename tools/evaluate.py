@@ -23,11 +23,12 @@ import torch
 import predict
 import prepare_data
 from core.files import output_folder
-from core.scores import challenge_score, pearson, r2_score
+from core.scores import r2_score
 from core.settings import constants, run
 from core.space import HEMIS
 from model import UserError
 from tools import figures, page
+from tools.vertices import challenge_score, find, pearson, roi_masks
 
 DATA_DIR: str = "data"  # prepared data
 RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
@@ -129,7 +130,7 @@ def trained_pictures(infos, data, split, subject):
 def predictions(predictor, space, s, images):
     """{"subject", "group": (n, n_vertices of the data)}; without a predictor "subject" alone, from SUBMISSION."""
     if predictor:
-        latents, columns = predictor.latents(images), predictor.space.find(space)
+        latents, columns = predictor.latents(images), find(predictor.space, space)
         indices = {"subject": predictor.index(space.subjects[s]), "group": None}
         return {name: predictor.decode(latents, index)[:, columns] for name, index in indices.items()}
     values = read_sides(Path(SUBMISSION) / space.subjects[s], "pred_test", space, s, (len(images),))
@@ -145,7 +146,7 @@ def measure(data, split, predictor, infos, ceilings):
     """Score a split -> split, n_images and n_left_out {subject: pictures}, n_pictures (unique ones), maps {(prediction,
     metric): (n_subjects, n_vertices)}, table of summarise(), examples of choose_examples(); None without pictures."""
     space, samples, left_out, examples = data.space, {}, {}, ()
-    known = predictor.space.find(space) >= 0 if predictor else np.ones(space.n_vertices, bool)
+    known = find(predictor.space, space) >= 0 if predictor else np.ones(space.n_vertices, bool)
     for s, subject in enumerate(space.subjects):
         ids, *sample = read_samples(data, split, s) or [np.array([])]
         fresh = np.flatnonzero(~np.isin(ids, trained_pictures(infos, data, split, subject)))
@@ -201,10 +202,10 @@ def summarise(space, rows, scores, resampled):
     score is the median, of challenge scores the mean; low, high its 95 % interval, for ROIs that of R² only.
     """
     (s, vertex), table = rows, []
-    regions, left = [space.regions(i) for i in range(len(space.subjects))], vertex < space.n_lh
+    masks, left = [roi_masks(space, i) for i in range(len(space.subjects))], vertex < space.n_lh
     members = {"all": s >= 0} | {name: s == i for i, name in enumerate(space.subjects)}
-    for roi in regions[0]:
-        inside = np.stack([region[roi] for region in regions])[s, vertex]
+    for roi in masks[0]:
+        inside = np.stack([mask[roi] for mask in masks])[s, vertex]
         for hemi, side in (("both", s >= 0), ("lh", left), ("rh", ~left)):
             for (subject, member), (key, values) in itertools.product(members.items(), scores.items()):
                 chosen = np.flatnonzero(inside & side & member & np.isfinite(values))

@@ -27,6 +27,7 @@ from predict import choose_checkpoints, load_encoder
 from tools.flatmap import FlatMap, save_figure
 from tools.pictures import find_pictures, list_pictures, plural, read_batches, report
 from tools.predict_pictures import save_gifti, save_vertices
+from tools.vertices import find, roi_masks
 
 DATA_DIR: str = "data"  # prepared data: reference pictures, and activity for R²
 RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
@@ -135,7 +136,7 @@ def reference_r2(predictor, data, name, rows, latents):
     """R² (n_vertices of the common space,) on these samples; NaN where there is no activity, as for the group."""
     r2 = np.full(predictor.space.n_vertices, np.nan)
     if name in data.space.subjects:
-        place = predictor.space.find(data.space)
+        place = find(predictor.space, data.space)
         prediction = predictor.decode([latents], predictor.index(name))[:, place]
         measured = (place >= 0) & data.space.present(data.space.subjects.index(name))
         r2[place[measured]] = r2_score(torch.from_numpy(data.read_activity(rows)), prediction)[measured]
@@ -165,7 +166,7 @@ def draw_fields(path, flat, maps, outlines, title):
 def parse_rois(space, subject):
     """ROIS -> {name: weights (n_vertices of the common space,) of the mean}."""
     columns, weights = np.flatnonzero(space.present(subject)), {}
-    regions = {roi: region for (_, roi), region in reversed(space.regions(subject).items())}
+    regions = {roi: region for (_, roi), region in reversed(roi_masks(space, subject).items())}
     for name in ROIS:
         mask = np.zeros(space.n_vertices, bool)
         for part in name.split("+"):

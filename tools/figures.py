@@ -11,6 +11,7 @@ from sklearn.mixture import GaussianMixture
 from core.checkpoint import read_checkpoint
 from core.training import log_path
 from tools.flatmap import FlatMap, describe_maps, fit_limits, save_figure
+from tools.vertices import find
 
 ACTIVITY_LIMITS = (-2.0, 2.0)  # z, colour scale of figure 4b
 N_POOLING_MAPS = 16  # clusters of figure 2a
@@ -25,7 +26,7 @@ def save_all(folder, space, part, predictor, roi_group, fsaverage_dir, seed):
     if predictor and len(predictor.encoders) == 1:
         [encoder], [path], [info] = predictor.encoders, predictor.paths, predictor.info
         figures["2a_pooling_maps"] = figure_2a(*pooling_exemplars(encoder, seed))
-        figures["2b_components"] = figure_2b(encoder, predictor.space.find(space), flat, flat.outlines(roi_group))
+        figures["2b_components"] = figure_2b(encoder, find(predictor.space, space), flat, flat.outlines(roi_group))
         for curves in loss_curves(path, info["made_with"]):  # figure 3, as training draws it
             shutil.copy(curves, folder / f"figure_3_{curves.name}")
     for metric, name in (("r2", "r2"), ("challenge", "noise_normalised")):

@@ -9,6 +9,7 @@ from matplotlib.patheffects import withStroke
 from nilearn import datasets, surface
 
 from core.space import HEMIS, N_FSAVERAGE
+from tools.vertices import roi_labels
 
 MAP_SHAPE = (215, 200)  # rows and columns of NSD-Flat's maps, 1 mm each
 MARGIN = 8  # mm of cortex shown around the data
@@ -37,7 +38,7 @@ class FlatMap:
         """ROIs of a group as a subject (an index; None: the group) has them -> {(group, ROI): (n_points,) bool}."""
         if roi_group not in self.space.rois:
             return {}
-        labels, names = self.on_points(self.space.roi_labels(roi_group, subject)), self.space.rois[roi_group]["names"]
+        labels, names = self.on_points(roi_labels(self.space, roi_group, subject)), self.space.rois[roi_group]["names"]
         return {(roi_group, name): labels == value for value, name in names.items() if value > 0 and value in labels}
 
     def draw(self, axes, values, limits, cmap, outlines, *, named=False, line_colour="black"):

@@ -23,6 +23,7 @@ from core.space import HEMIS, N_FSAVERAGE
 from predict import choose_checkpoints, load_encoder
 from tools.flatmap import FlatMap, describe_maps, fit_limits, save_figure
 from tools.pictures import find_pictures, list_pictures, plural, read_batches, report
+from tools.vertices import roi_masks
 
 IMAGES: str = ""  # files, folders and globs, separated by commas
 RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
@@ -64,7 +65,7 @@ def region_weights(space, subject):
     """ROIs of a subject (an index; None: the group) -> table (roi_group, roi, hemisphere, n_vertices), and weights (n,
     n_vertices) of the mean over each."""
     left, rows, weights = np.arange(space.n_vertices) < space.n_lh, [], []
-    for names, region in space.regions(subject).items():
+    for names, region in roi_masks(space, subject).items():
         for hemi, side in (("both", True), ("lh", left), ("rh", ~left)):
             part = region & side
             if part.any():
