@@ -45,15 +45,15 @@ def main():
     pca = fit_pca.load(DATA_DIR, data)
     path = Path(CHECKPOINT or Path(RUN_DIR) / "head.pt")
     encoder, _, made = load_checkpoint(path)
-    made_from = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
-    if any(made["made_with"].get(name) != value for name, value in made_from.items()):
+    inputs = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
+    if any(made["made_with"].get(name) != value for name, value in inputs.items()):
         raise UserError(f"{path} was trained on other data than {DATA_DIR}: run train_head.py on these.")
     if made["added"] or not made["finished"]:
         raise UserError(f"{path} has not been trained to the end, or has people added by adaptation.")
     for name in encoder.trunk.attention_parameters():
         encoder.trunk.get_parameter(name).requires_grad_(True)
-    made_from["head_fingerprint"] = made["fingerprint"]
-    learner = training.Learner(encoder, settings, "finetuned.pt", made_from, device, precision)
+    inputs["head_fingerprint"] = made["fingerprint"]
+    learner = training.Learner(encoder, settings, "finetuned.pt", inputs, device, precision)
     training.Run("finetune", [learner], data, pca, settings).run()
 
 

@@ -5,8 +5,8 @@ With the training samples y (n_vertices,) of all subjects together, missing vert
     mean = average of y,  E = the pca_dim leading principal axes, orthonormal columns
     z* = E'(y - mean),    r* = |y - mean|² - |z*|²
 
-so that the mean squared error of any prediction E z + mean is (|z - z*|² + r*) / n_vertices: training needs z* and
-r*, no vertices. Written to DATA_DIR/pca.pt, which load() reads. Randomised SVD: Halko et al. 2011.
+so that the mean squared error of any prediction E z + mean is (|z - z*|² + r*) / n_vertices: training needs no vertices.
+Written to DATA_DIR/pca.pt, which load() reads. Randomised SVD: Halko et al. 2011.
 """
 
 import dataclasses
@@ -109,8 +109,7 @@ def main():
             "fingerprint": fingerprint(components, mean),
         }  # fmt: skip
         save_torch(path, content, FORMAT)
-    print(f"{PCA_DIM} components of {len(rows)} samples explain {variance.sum() / total_variance:.1%} of the variance")
-    print(f"wrote {path}")
+    print(f"wrote {path}: {PCA_DIM} components of {len(rows)} samples explain {variance.sum() / total_variance:.1%}")
 
 
 if __name__ == "__main__":

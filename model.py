@@ -114,11 +114,8 @@ def create_vit(name, image_size, pretrained, seed):
 
 
 class FeatureProjection(nn.Module):
-    """1x1 convolution, then one learned spatial pooling map per latent unit.
-
-    The full projection of latent unit d is the outer product of spatial[d] and channel[d]: on EVA02-base 190 times
-    fewer weights than a dense one. Batch norm is applied by Head.combine.
-    """
+    """1x1 convolution, then one learned spatial pooling map per latent unit: their outer product, on EVA02-base 190
+    times fewer weights than a dense projection. Batch norm is applied by Head.combine."""
 
     def __init__(self, n_tokens, n_channels, latent_dim):
         super().__init__()
@@ -146,9 +143,8 @@ class Head(nn.Module):
         self.shared = nn.Parameter(uniform(pca_dim, latent_dim))  # A
         self.subject_weight = nn.Parameter(uniform(n_subjects, pca_dim, latent_dim))  # B
         self.subject_bias = nn.Parameter(uniform(n_subjects, pca_dim, fan_in=latent_dim))  # b
-        # the group PCA, frozen
-        self.embed_weight = nn.Parameter(torch.zeros(n_vertices, pca_dim), requires_grad=False)  # E
-        self.embed_bias = nn.Parameter(torch.zeros(n_vertices), requires_grad=False)  # mean
+        self.embed_weight = nn.Parameter(torch.zeros(n_vertices, pca_dim), requires_grad=False)  # E, frozen
+        self.embed_bias = nn.Parameter(torch.zeros(n_vertices), requires_grad=False)  # mean, frozen
 
     def forward(self, features, subject=None):
         """features: per layer (n, n_tokens, n_channels); subject (n,) int64, None: group -> z (n, pca_dim)."""
@@ -259,10 +255,9 @@ def trunk_outputs(trunk, images, functions, batch_size=64, precision=torch.float
 
 
 class Crops:
-    """Square crops of a batch of pictures, resized on the device in two matrix products.
+    """Square crops of a batch of pictures, each with its own box, resized on the device in two matrix products.
 
-    Antialiased bicubic, equal to torchvision's resized_crop on floats. Every picture has its own box. smallest_area: of
-    the boxes, a fraction of the picture; the weights of every size are computed once.
+    Antialiased bicubic, equal to torchvision's resized_crop on floats. smallest_area: of the boxes, as a fraction.
     """
 
     def __init__(self, trunk, smallest_area=1.0, device="cpu"):

@@ -57,8 +57,8 @@ class Predictor:
                 raise UserError(f"{path} and {paths[0]} have different subjects or vertices and cannot be averaged.")
 
     def __repr__(self):
-        names, n = ", ".join(map(str, self.paths)), sum(p.numel() for p in self.encoders[0].parameters())
-        return f"Predictor({names}: {', '.join(self.subjects)}; {self.space.n_vertices} vertices, {n:,} parameters)"
+        names = ", ".join(map(str, self.paths))
+        return f"Predictor({names}: {', '.join(self.subjects)}; {self.space.n_vertices} vertices)"
 
     @property
     def subjects(self):
@@ -122,9 +122,8 @@ def choose_checkpoints(checkpoint, run_dir):
 def main():
     data = prepare_data.load(DATA_DIR)
     predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
-    for path, info in zip(predictor.paths, predictor.info):
-        if info["made_with"].get("data_fingerprint") != data.fingerprint:
-            raise UserError(f"{path} was trained on other data than {DATA_DIR}.")
+    if any(info["made_with"].get("data_fingerprint") != data.fingerprint for info in predictor.info):
+        raise UserError(f"{predictor} was trained on other data than {DATA_DIR}.")
     if not len(data.test_image):
         raise UserError(f"{DATA_DIR} has no test pictures: prepare it from a folder with test_split.")
     rows = np.unique(data.test_image)

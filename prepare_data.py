@@ -1,7 +1,6 @@
 """Stage 1: the challenge folder -> DATA_DIR with pictures, activity, splits and the common vertex space.
 
-Every subject is mapped to the union of all subjects' vertices (missing ones zero), each picture is kept once at
-256 x 256, and splits are 85/10/5 % by picture. DATA_DIR gets
+Subjects are mapped to the union of their vertices (missing ones zero); splits are by picture. DATA_DIR gets
 
     images.npy    (n_images, 256, 256, 3) uint8: training pictures by nsd id, then those that occur in tests only
     activity.npy  (n_samples, n_vertices) float16: one row per subject and training picture
@@ -163,8 +162,9 @@ def check_activity(path):
         raise UserError(f"{path} ({activity.dtype}) does not hold floats without NaN and infinite values.")
     mean, deviation = (np.median(np.abs(f(activity, 0, np.float32))) for f in (np.mean, np.std))
     if not 1 / 3 <= deviation <= 3 or mean > 3:
-        facts = f"median over vertices: |mean| {mean:.3g}, deviation {deviation:.3g}"
-        raise UserError(f"{path} is not z-scored ({facts}): z-score the responses per session.")
+        raise UserError(
+            f"{path} is not z-scored: median over vertices of |mean| {mean:.3g}, of deviation {deviation:.3g}."
+        )
 
 
 def build_space(subjects):
@@ -198,10 +198,9 @@ def merge_labels(names, own_names, labels):
 
 
 def split_pictures(seen, seed):
-    """Split by picture, 85/10/5 %. seen (n_pictures, n_subjects) bool -> index into SPLIT_NAMES (n_pictures,).
+    """85/10/5 % by picture. seen (n_pictures, n_subjects) bool -> index into SPLIT_NAMES (n_pictures,), for everybody.
 
-    A picture has one split for everybody. Pictures are shuffled within each set that the same subjects saw and dealt
-    out in twentieths, so that every subject gets its 85/10/5 % almost exactly.
+    Dealt out in twentieths within each set of pictures that the same subjects saw: almost exact for every subject.
     """
     n_pictures, n_subjects = seen.shape
     shuffled = np.random.default_rng(seed).permutation(n_pictures)

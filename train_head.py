@@ -1,9 +1,6 @@
 """Stage 3, phase 1: train the encoding head on the frozen trunk (report, Table 2). DATA_DIR -> RUN_DIR with
-
-    head.pt            the checkpoint with the best validation median R²
-    train_head.jsonl   one line per validation; train_head.png: the loss curves (report, Figure 3)
-
-The same command continues an interrupted run. torchrun --standalone --nproc_per_node N train_head.py uses N GPUs.
+head.pt, the checkpoint with the best validation median R², train_head.jsonl, one line per validation, and train_head.png,
+the loss curves (report, Figure 3). The same command continues an interrupted run; torchrun uses several GPUs.
 """
 
 from pathlib import Path

@@ -18,12 +18,10 @@ def trunk_state(trunk, layers):
 
 
 def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished, train_nsd_ids, added=None):
-    """Write a checkpoint atomically.
+    """Write a checkpoint: the head and the trunk's trained weights, the rest of the trunk as a fingerprint.
 
     made_with: settings and fingerprints; finished: whether the training that chose it ended; train_nsd_ids: pictures
-    trained on; added: {name: nsd ids that tools/adapt.py fitted that person to}. The trunk's trained weights are
-    stored, the rest is known by a fingerprint.
-    """
+    trained on; added: {name: nsd ids that tools/adapt.py fitted that person to}."""
     state = trunk_state(encoder.trunk, encoder.layers)
     stored = [name for name in encoder.trunk.stored_names() if name in state]
     content = {

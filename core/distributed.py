@@ -33,10 +33,9 @@ def process_group():
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        with open(os.devnull, "w") as nowhere:
-            with contextlib.redirect_stdout(sys.stdout if rank() == 0 else nowhere):
-                yield
-                dist.barrier()
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(sys.stdout if rank() == 0 else null):
+            yield
+            dist.barrier()
     finally:
         dist.destroy_process_group()
 

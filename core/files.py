@@ -33,10 +33,8 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def output_folder(path, overwrite=False, marker=None):
-    """A folder that is filled beside path and renamed to it at the end.
-
-    marker: name of a file that only this tool writes there; a folder without it is never replaced.
-    """
+    """A folder that is filled beside path and renamed to it at the end. marker: name of a file that only this tool
+    writes there; a folder without it is never replaced."""
     path, aside = Path(path).resolve(), aside_of(path)
     if path.exists() and any(path.iterdir()):
         if marker and not (path / marker).exists():
@@ -44,9 +42,8 @@ def output_folder(path, overwrite=False, marker=None):
         if not overwrite:
             raise UserError(f"{path} is not empty; --overwrite true replaces it.")
     old = aside.with_suffix(".old")
-    for leftover in (aside, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     aside.mkdir()
     try:
         yield aside

@@ -35,8 +35,7 @@ def r2_score(activity, prediction):
 def median(values):
     """Median of the numbers that are not NaN; NaN where there are none."""
     values = np.asarray(values)
-    values = values[~np.isnan(values)]
-    return float(np.median(values)) if len(values) else float("nan")
+    return float(np.nanmedian(values)) if (~np.isnan(values)).any() else float("nan")
 
 
 def median_r2(scores, subjects, name="r2"):

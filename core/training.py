@@ -1,8 +1,8 @@
 """Training, for both phases: batches, one step, validation, the loop, and resuming.
 
 One head or many train on one pass of the trunk; each ends bit for bit as it would alone. Under torchrun every process
-takes its share of the pictures through crops, trunk and feature projection; the projections are gathered, so that batch
-norm and loss see the whole batch, and gradients are averaged: the result of one process, to rounding.
+takes its share of the pictures through crops, trunk and feature projection; these are gathered, so that batch norm and
+loss see the whole batch, and gradients are averaged: the result of one process, to rounding.
 """
 
 import contextlib
@@ -113,17 +113,13 @@ def loss_of(head, z, batch):
     if "activity" in batch:
         return F.mse_loss(head.decode(z), batch["activity"].float())
     latents = batch["latents"]
-    squared = (z - latents[:, : z.shape[1]]).square().sum(1) + batch["residual"]
-    squared = squared + latents[:, z.shape[1] :].square().sum(1)
-    return squared.mean() / len(head.embed_bias)
+    outside = batch["residual"] + latents[:, z.shape[1] :].square().sum(1)
+    return ((z - latents[:, : z.shape[1]]).square().sum(1) + outside).mean() / len(head.embed_bias)
 
 
 class Learner:
-    """One encoder, its optimiser and its history. Trains the encoder's parameters that require gradients.
-
-    settings: the stage's constants; name: of the checkpoint in RUN_DIR; made_from: fingerprints of data, PCA and
-    starting checkpoint.
-    """
+    """Trains the parameters of an encoder that require gradients. settings: the stage's constants; name: of the
+    checkpoint in RUN_DIR; made_from: fingerprints of data, PCA and starting checkpoint."""
 
     def __init__(self, encoder, settings, name, made_from, device, precision):
         self.encoder, self.settings, self.precision = encoder.to(device), SimpleNamespace(**settings), precision
@@ -138,9 +134,8 @@ class Learner:
                 setattr(encoder.head, name, torch.nn.Parameter(getattr(encoder.head, name).detach().clone()))
         encoder.head.dropout = s.FEATURE_DROPOUT
         self.trainable = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=s.LEARNING_RATE, betas=s.BETAS, weight_decay=s.WEIGHT_DECAY, fused=True
-        )
+        rates = {"lr": s.LEARNING_RATE, "betas": s.BETAS, "weight_decay": s.WEIGHT_DECAY}
+        self.optimizer = torch.optim.AdamW(self.trainable.values(), **rates, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         self.step, self.best, self.saved, self.log, self.failed = 0, -math.inf, False, [], ""
         self.loss_sum, self.n_losses = 0.0, 0
@@ -193,8 +188,7 @@ class Learner:
         names = [name for name in now | before if before.get(name) != now.get(name)]
         if names:
             differing = "; ".join(f"{name}: {before.get(name)} before, {now.get(name)} now" for name in names)
-            where = f"{self.output.parent} holds a run with other settings ({differing})"
-            raise UserError(f"{where}: use another RUN_DIR, or --overwrite true to start again.")
+            raise UserError(f"{self.output.parent} holds a run with other settings; see --overwrite. {differing}.")
         changed = sorted(set(self.state()["weights"]) ^ set(state["weights"]))
         if changed:
             raise UserError(f"the head in model.py has changed since this run began ({', '.join(changed)}).")
@@ -215,10 +209,8 @@ class Learner:
 
 
 def train_step(learners, crops, batch, micro_batch=0):
-    """One optimiser step of every learner on one batch; crops and trunk run once for all.
-
-    micro_batch: samples per process at a time (gradient accumulation; batch norm sees the micro-batch); 0: all.
-    """
+    """One optimiser step of every learner on one batch; crops and trunk run once for all. micro_batch: samples per
+    process at a time (gradient accumulation; batch norm sees the micro-batch); 0: all."""
     encoder, precision = learners[0].encoder, learners[0].precision
     n, n_local = len(batch["subject"]), len(batch["images"])
     local_size = micro_batch or n_local
@@ -269,14 +261,13 @@ def validate(encoders, data, images, split, batch_size, precision):
 
 
 class Run:
-    """The learners of one run on one trunk, and what they share.
+    """The learners of one run on one trunk. stage: names the state file; settings: constants that all learners share.
 
-    stage: names the state file; settings: constants shared by all learners; tolerant: a learner whose loss is not
-    finite stops while the others go on (search); else it ends the run.
+    A learner whose loss is not finite stops while the others go on; if none is left, the run ends with an error.
     """
 
-    def __init__(self, stage, learners, data, pca, settings, tolerant=False):
-        self.stage, self.learners, self.data, self.pca, self.tolerant = stage, learners, data, pca, tolerant
+    def __init__(self, stage, learners, data, pca, settings):
+        self.stage, self.learners, self.data, self.pca = stage, learners, data, pca
         self.settings, self.precision = SimpleNamespace(**settings), learners[0].precision
         self.state_path = Path(self.settings.RUN_DIR) / f"{stage}.state.pt"
 
@@ -305,9 +296,8 @@ class Run:
         crops = Crops(trunk, s.CROP_SCALE, device)
         every = s.VALIDATE_EVERY or math.ceil(len(batches.rows) / s.BATCH_SIZE)
         n_trainable = sum(p.numel() for p in self.learners[0].trainable.values())
-        print(f"{n_trainable:,} trainable parameters, {self.precision} on {device}")
-        print(f"{len(batches.rows)} training samples, {last} steps of {s.BATCH_SIZE}")
-        print(f"continuing after step {first}" if first else "starting")
+        print(f"{n_trainable:,} trainable parameters, {len(batches.rows)} samples, {self.precision} on {device}")
+        print(f"{f'continuing after step {first}' if first else 'starting'}: {last} steps of {s.BATCH_SIZE}")
         self.clock, self.clock_step = time.perf_counter(), first
         if not self.learners[0].log:
             self.validate(self.learners, images)
@@ -359,7 +349,7 @@ class Run:
 
     def fail(self, learner):
         learner.failed = f"the loss is not finite after step {learner.step}: lower LEARNING_RATE."
-        if not self.tolerant:
+        if all(each.failed for each in self.learners):
             raise UserError(f"{learner.output}: {learner.failed}")
         print(f"{learner.output}: {learner.failed} The other heads continue.")
 
@@ -368,9 +358,7 @@ class Run:
         fresh = self.settings.OVERWRITE or not self.state_path.exists()
         if not fresh:
             states = load_torch(self.state_path, FORMAT, f"{self.stage}.py")["learners"]
-            if len(states) != len(self.learners):
-                raise UserError(f"{self.state_path} holds {len(states)} heads, not {len(self.learners)}.")
-            for learner, state in zip(self.learners, states):
+            for learner, state in zip(self.learners, states, strict=True):
                 learner.restore(state)
                 if distributed.rank() == 0:  # without entries later than the state
                     learner.log_path.write_text("".join(json.dumps(entry) + "\n" for entry in learner.log))

@@ -290,6 +290,10 @@ def test_counts_are_of_what_is_scored(world, tmp_path, monkeypatch):
     assert run(world, **options)[0]["scores"]["subject"]["all"]["r2"]["median_95"] is None
     with pytest.raises(UserError, match="nothing to score"):
         run(world, CHALLENGE_DIR="none", SPLIT="challenge")
+    activity = np.concatenate([own[N_PICTURES:] for own in world.activity])  # as NSD-Flat's test split
+    monkeypatch.setattr(prepare_data, "load", lambda folder: dataclasses.replace(world.data, test_activity=activity))
+    content, _ = run(world, CHALLENGE_DIR="none", SPLIT="challenge")
+    assert_scores(world, content, 2, slice(N_PICTURES, None))
 
 
 def test_training_pictures_are_left_out(world, capsys, monkeypatch):
@@ -421,6 +425,12 @@ def test_submissions_and_averages(world, evaluation, monkeypatch):
         content, _ = run(world, **source)
         assert content["n_left_out"] == dict(subj01=2, subj02=0, subj05=0)
         assert_scores(world, content, 1, slice(N_PICTURES, None))
+        numbers, has = content["scores"]["subject"]["subj01"]["r2"], world.space.mask[0].numpy()
+        pair = (torch.tensor(values[0][N_PICTURES + 2 :, has]) for values in (world.activity, world.signal))
+        weights = evaluate.draw_pictures(N_TEST, 60, 0)[:, 2:]  # the others' resamples
+        resampled = evaluate.resampled_scores(*pair, weights, world.ceilings[0, has])["r2"]
+        expected = evaluate.interval(numbers["median"], np.median(resampled, 1))
+        np.testing.assert_allclose(numbers["median_95"], expected, atol=1e-3)
     with pytest.raises(UserError, match="no .*pred_test"):
         run(world, SUBMISSION=world.folder)
 

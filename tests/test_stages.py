@@ -333,7 +333,7 @@ def test_many_heads_train_as_each_alone(data_dir, tmp_path, capsys):
         settings = common | dict(RUN_DIR=str(tmp_path / folder))
         heads = [(settings | own[i] | dict(SEED=0), f"{i}.pt") for i in chosen]
         learners = [train_head.new_learner(trunk, *head, data, pca, device, torch.float32) for head in heads]
-        training.Run("search", learners, data, pca, settings, tolerant=True).run()
+        training.Run("search", learners, data, pca, settings).run()
         return learners
 
     together, alone = train("together", [0, 1, 2]), [train("alone0", [0])[0], train("alone1", [1])[0]]

@@ -23,7 +23,7 @@ from core.checkpoint import read_checkpoint
 from core.files import atomic_write, lock
 from core.scores import median, r2_score
 from core.settings import choose_device, choose_precision, constants, run
-from model import Trunk, UserError, parse_layers, trunk_outputs
+from model import Trunk, UserError, trunk_outputs
 from tools import ridge
 from tools.evaluate import draw_pictures, interval, resampled_scores
 from tools.vertices import roi_masks
@@ -40,9 +40,9 @@ TABLE_4 = {  # median R² (report)
     "eva02_base_patch16_clip_224.merged2b": 0.2023,
 }
 TABLE_4_SETTINGS = {  # (report, Tables 1, 2 and 4); only with these its numbers are shown beside ours
-    "STEPS": 1250, "BATCH_SIZE": 512, "IMAGE_SIZE": 224, "LATENT_DIM": 1024, "LEARNING_RATE": 6e-4,
-    "MIN_LEARNING_RATE": 3e-5, "BETAS": (0.9, 0.99), "WEIGHT_DECAY": 0.8, "FEATURE_DROPOUT": 0.9, "CROP_SCALE": 0.8,
-    "PRETRAINED": True, "MICRO_BATCH": 0,
+    "LAYERS": "0,2,4,6,8,10", "PCA_DIM": 2048, "SUBJECTS": 8, "STEPS": 1250, "BATCH_SIZE": 512, "IMAGE_SIZE": 224,
+    "LATENT_DIM": 1024, "LEARNING_RATE": 6e-4, "MIN_LEARNING_RATE": 3e-5, "BETAS": (0.9, 0.99), "WEIGHT_DECAY": 0.8,
+    "FEATURE_DROPOUT": 0.9, "CROP_SCALE": 0.8, "PRETRAINED": True, "TRAIN_EMBEDDING": False, "MICRO_BATCH": 0,
 }  # fmt: skip
 
 DATA_DIR: str = "data"  # prepared data and PCA
@@ -89,6 +89,8 @@ def run_trunk(name, folder, data, pca, device, precision):
         train_head.new_learner(trunk, s, f"seed-{i}.pt", data, pca, device, precision) for i, s in enumerate(settings)
     ]
     training.Run("heads", learners, data, pca, settings[0]).run()
+    if any(learner.failed for learner in learners):
+        raise UserError("; ".join(f"{learner.output}: {learner.failed}" for learner in learners if learner.failed))
     for learner in learners:  # the best weights, not the last
         learner.encoder.head.load_state_dict(read_checkpoint(learner.output)["head"])
     return score_methods([learner.encoder for learner in learners], data, precision)
@@ -127,9 +129,8 @@ def score_methods(encoders, data, precision):
         areas = roi_masks(data.space, s).items()
         streams.append({roi: inside[mask] for (group, roi), inside in areas if group == "streams" and roi != "all"})
     table = []
-    for i in range(len(encoders) + RIDGE):
-        row = {"method": "head", "seed": i} if i < len(encoders) else {"method": "ridge", "seed": 0}
-        row["val_r2"] = median(np.concatenate([scores[i] for scores in r2]))
+    for i, (method, seed) in enumerate([*(("head", i) for i in range(len(encoders))), ("ridge", 0)][: len(r2[0])]):
+        row = {"method": method, "seed": seed, "val_r2": median(np.concatenate([scores[i] for scores in r2]))}
         for roi in streams[0]:
             row[f"val_r2_{roi}"] = median(np.concatenate([scores[i][part[roi]] for scores, part in zip(r2, streams)]))
         row["resampled"] = np.nanmedian(np.concatenate([values[i] for values in resampled], 1), axis=1).tolist()
@@ -166,9 +167,8 @@ def print_table(table, data):
 
 def has_report_settings(data, pca):
     settings = constants(vars(train_head)) | constants(globals())
-    same = all(settings[name] == value for name, value in TABLE_4_SETTINGS.items())
-    shape = (parse_layers(LAYERS), PCA_DIM or pca.components.shape[1], len(data.space.subjects))
-    return same and shape == ([0, 2, 4, 6, 8, 10], 2048, 8)
+    settings |= {"PCA_DIM": PCA_DIM or pca.components.shape[1], "SUBJECTS": len(data.space.subjects)}
+    return all(settings[name] == value for name, value in TABLE_4_SETTINGS.items())
 
 
 def load_inputs(namespace, not_compared):

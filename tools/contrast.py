@@ -7,6 +7,7 @@ _{lh,rh}.func.gii on fsaverage; fsaverage_{lh,rh}.npy (which vertices these are)
 with the same of every ROI's mean; pictures.csv. t is Welch's over pictures.
 """
 
+import os
 import warnings
 from pathlib import Path
 
@@ -77,7 +78,8 @@ def main():
             pictures.append(list_pictures(batch).assign(condition=name))
             parts.append(h)
         latents.append([torch.cat(each) for each in zip(*parts)])
-    title = " − ".join(shown(Path(images).name) for images in (IMAGES_A, IMAGES_B))
+    places = {"A": IMAGES_A, "B": IMAGES_B}  # a single folder or file names its condition
+    title = " − ".join(shown(Path(p).name) if os.path.exists(p) else letter for letter, p in places.items())
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
         flat = FlatMap(predictor.space, FSAVERAGE_DIR)
         for name, s in subjects.items():

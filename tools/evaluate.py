@@ -185,8 +185,8 @@ def measure(data, split, predictor, infos, ceilings):
 
 
 def choose_examples(ids, images, activity, prediction, present):
-    """Samples from the best predicted to the worst: [(nsd id, R² over vertices, picture, measured, predicted)], the last
-    two (n_vertices of the common space,)."""
+    """Samples from the best predicted to the worst: [(nsd id, R² over vertices, picture, measured, predicted)], the
+    last two (n_vertices of the common space,)."""
     r2, examples = r2_score(activity.T, prediction.T).numpy(), []
     for i in np.argsort(-r2)[np.unique(np.linspace(0, len(r2) - 1, N_EXAMPLES).round().astype(int))]:
         maps = np.full((2, len(present)), np.nan)

@@ -21,7 +21,7 @@ SCORE_NAMES = {"r2": "R²", "challenge": "noise-normalised score"}
 
 
 def save_all(folder, space, part, predictor, roi_group, fsaverage_dir, seed):
-    """Write figure_*.png. part: of evaluate.measure(). Averages of checkpoints and submissions have no figures 2 and 3."""
+    """Write figure_*.png. part: of evaluate.measure(). Figures 2 and 3 are of one checkpoint, not of averages."""
     flat, figures, (subject, examples) = FlatMap(space, fsaverage_dir), {}, part.examples
     if predictor and len(predictor.encoders) == 1:
         [encoder], [path], [info] = predictor.encoders, predictor.paths, predictor.info
@@ -105,8 +105,8 @@ def loss_curves(path, made_with):
 
 
 def score_maps(maps, metric, subjects):
-    """A score of every vertex -> {title: (values (n_vertices,), the subject's index or None)}: the subjects' median, the
-    group prediction's, each subject. maps {(prediction, metric): (n_subjects, n_vertices)}, NaN where missing."""
+    """A score of every vertex -> {title: (values (n_vertices,), the subject's index or None)}: the subjects' median,
+    the group prediction's, each subject. maps {(prediction, metric): (n_subjects, n_vertices)}, NaN where missing."""
     shown, own = {}, maps.get(("subject", metric), np.empty((0, 0)))
     scored = np.flatnonzero(np.isfinite(own).any(1))
     for title, prediction in (("median of the subjects", "subject"), ("group prediction", "group")):
@@ -138,7 +138,7 @@ def figure_4b(examples, label, flat, outlines):
 
 
 def figure_4c(table, unit):
-    """Median R² of every ROI and hemisphere: each subject, and the median over subjects. table: evaluate.summarise()."""
+    """Median R² of every ROI and hemisphere: each subject, and their median. table: of evaluate.summarise()."""
     rows = table.query("prediction == 'subject' and metric == 'r2' and subject != 'all' and roi != 'all'")
     places = rows[["roi_group", "roi"]].drop_duplicates(ignore_index=True)
     figure, axes = plt.subplots(figsize=(14, 5), layout="constrained")

@@ -1,9 +1,9 @@
 """Search for good constants of phase 1 by Bayesian optimisation, HEADS trials at a time on one pass of the trunk.
 
 Reads DATA_DIR (prepared data, PCA). Writes to RUN_DIR: head.pt, the best trial's checkpoint; search.csv, one row per
-trial; search.png, R² against each constant; study.journal, Optuna's storage. The same command continues a study, and
-several processes may share one; the trials of a killed process do not count. The authors ran roughly 50 trials on the
-validation median R² (report, Training recipe); the ranges below are ours.
+trial; study.journal, Optuna's storage. The same command continues a study, and several processes may share one; the
+trials of a killed process do not count. The authors ran roughly 50 trials on the validation median R² (report, Training
+recipe); the ranges below are ours.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import warnings
 from pathlib import Path
 
 import filelock
-import matplotlib.pyplot as plt
 import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -55,8 +54,6 @@ SEED: int = 0  # of the samplers, initialisation, order, crops and dropout
 PRECISION: str = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
 DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE: bool = False  # start a new study and delete the one in RUN_DIR
-
-NOT_COMPARED = {*training.FREE, "TRIALS", "HEADS"}  # may differ between the processes of one study
 
 
 def distributions(n_components):
@@ -113,7 +110,7 @@ def open_study(folder, inputs):
     if OVERWRITE:
         if living_rounds(folder):
             raise UserError(f"another process is working on the study in {folder}.")
-        for name in ("study.journal", "head.pt", "search.csv", "search.png"):
+        for name in ("study.journal", "head.pt", "search.csv"):
             (folder / name).unlink(missing_ok=True)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
     study = optuna.create_study(storage=storage, study_name="search", direction="maximize", load_if_exists=True)
@@ -152,11 +149,14 @@ def new_round(study, folder, space):
 class Round(training.Run):
     """Trains a round's heads and keeps their best weights in memory: as checkpoints, each would hold the embedding."""
 
+    def fail(self, learner):
+        learner.failed = "diverged"
+
     def validate(self, due, images):
         due = [learner for learner in due if not learner.failed]
         batch_size = self.settings.MICRO_BATCH or self.settings.BATCH_SIZE
         encoders = [learner.encoder for learner in due]
-        results = training.validate(encoders, self.data, images, "val", batch_size, self.precision)
+        results = training.validate(encoders, self.data, images, "val", batch_size, self.precision) if due else []
         for learner, scores in zip(due, results):
             learner.log.append(scores)
             if not math.isfinite(scores["val_loss"]):
@@ -203,15 +203,6 @@ def write_results(study, folder):
         table.rename(columns={"number": "trial", "value": "val_r2"}).to_csv(file, index=False)
 
 
-def draw_trials(study, path):
-    """search.png: R² of every trial against each constant."""
-    plt.switch_backend("Agg")
-    with plt.rc_context(), atomic_write(path) as file:  # Optuna changes matplotlib's style
-        axes = optuna.visualization.matplotlib.plot_slice(study, target_name="validation median R²")
-        axes[0].figure.savefig(file, dpi=120, format="png", bbox_inches="tight")
-    plt.close("all")
-
-
 def winner_command(params, folder):
     """The command line that trains the winner with train_head.py's schedule."""
     usual = constants(vars(train_head))
@@ -223,7 +214,7 @@ def winner_command(params, folder):
 def main():
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # otherwise a line per trial
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    data, pca, device, precision, inputs = load_inputs(globals(), NOT_COMPARED)
+    data, pca, device, precision, inputs = load_inputs(globals(), {*training.FREE, "TRIALS", "HEADS"})
     space = distributions(pca.components.shape[1])
     layers = space["LAYERS"].choices
     highest = {name: getattr(kind, "high", layers[0]) for name, kind in space.items()}
@@ -242,17 +233,16 @@ def main():
                 train_head.new_learner(trunk, s, f"trial-{trial.number:04d}.pt", data, pca, device, precision)
                 for s, trial in zip(settings, trials)
             ]
-            Round("search", learners, data, pca, settings[0], tolerant=True).run()
+            Round("search", learners, data, pca, settings[0]).run()
             record_round(study, folder, trials, learners, data)
         print(f"finished trials {trials[0].number} to {trials[-1].number}, best so far {best_score(study):.4f}")
     if best_score(study) == -math.inf:
         raise UserError(f"all trials in {folder / 'search.csv'} diverged: lower LEARNING_RATE_RANGE.")
     with study_lock(folder):
-        draw_trials(study, folder / "search.png")
         (folder / ".lock").unlink()
     best = study.best_trial
     print(f"best: trial {best.number}, validation median R² {best.value:.4f}, {best.params}")
-    print(f"wrote {folder / 'head.pt'}, {folder / 'search.csv'}, {folder / 'search.png'}")
+    print(f"wrote {folder / 'head.pt'}, {folder / 'search.csv'}")
     print(f"To train it in full:\n{winner_command(best.params, folder)}")
 
 
