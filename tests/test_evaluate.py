@@ -78,8 +78,9 @@ def world(tmp_path_factory):
     nsd_ids = np.concatenate([np.arange(N_PICTURES) * 7 + 3, np.arange(N_TEST) * 5 + 10000])
     split = np.resize([0, 0, 1, 2, 0, 1], N_PICTURES)
     samples = {
-        "subject": np.repeat([0, 1, 2], N_PICTURES), "image": np.tile(np.arange(N_PICTURES), 3), "split": np.tile(split, 3),
-        "test_subject": np.repeat([0, 1, 2], N_TEST), "test_image": np.tile(np.arange(N_TEST) + N_PICTURES, 3),
+        "subject": np.repeat([0, 1, 2], N_PICTURES), "image": np.tile(np.arange(N_PICTURES), 3),
+        "split": np.tile(split, 3), "test_subject": np.repeat([0, 1, 2], N_TEST),
+        "test_image": np.tile(np.arange(N_TEST) + N_PICTURES, 3),
     }  # fmt: skip
     prepare_data.write_prepared(
         folder / "data", space=space, samples=samples, nsd_ids=nsd_ids, n_training_images=N_PICTURES,
@@ -255,8 +256,7 @@ def test_intervals_in_the_scores(world, evaluation):
 
 
 def test_validation_brings_the_private_test(world, capsys):
-    """The number to report is the private test's. Without ceilings there is no challenge score. The printed table agrees
-    with the files."""
+    """The number to report is the private test's; without ceilings no challenge score. Print and files agree."""
     options = dict(CHALLENGE_DIR="none", RESAMPLES=20)
     content, _ = run(world, **options)
     out = capsys.readouterr().out

@@ -24,7 +24,7 @@ import predict
 import prepare_data
 import train_head
 from core import training
-from core.checkpoint import load_checkpoint
+from core.checkpoint import load_checkpoint, save_checkpoint
 from core.files import load_torch
 from core.settings import constants
 from core.space import HEMIS
@@ -283,6 +283,20 @@ def test_float16_survives_large_features_and_skipped_steps():
     training.train_step([learner], lambda images, *_: images, batch)
     assert_equal(dict(before), dict(learner.encoder.head.state_dict()))
     assert learner.loss_sum == losses and learner.n_losses == 3 and learner.is_finite()
+    resumed = scaled_learner(1.0)[0]
+    resumed.restore(learner.state())
+    assert resumed.scaler.get_scale() == learner.scaler.get_scale() < 65536  # a run continues with its scale
+
+
+def test_dropout_masks_differ_between_steps_and_parts_of_the_batch():
+    learner, batch, features = scaled_learner(1.0)
+    learner.encoder.train()
+    losses = []
+    for step, first in ((0, 0), (1, 0), (0, 4), (0, 0)):
+        learner.step, learner.loss = step, 0.0
+        learner.accumulate(features, batch, first, 1.0)
+        losses.append(float(learner.loss))
+    assert losses[0] == losses[3] and len(set(losses)) == 3
 
 
 # ---- interruptions, many heads, many processes ---------------------------------------------------
@@ -305,8 +319,9 @@ def test_killed_runs_continue_exactly(data_dir, tmp_path):
         for number, kill in enumerate(kills):
             code, output = run_process(f"{stage}.py", dies_at=kill, **settings, RUN_DIR=folders[1])
             assert code == -9 and ("continuing after step 2" in output) == (number > 1), output
-        with pytest.raises(UserError, match="LEARNING_RATE"):
-            run_stage(module, **settings | dict(LEARNING_RATE=0.02), RUN_DIR=folders[1])
+        for change in (dict(LEARNING_RATE=0.02), dict(FEATURE_DROPOUT=0.3), dict(BETAS=(0.8, 0.99))):
+            with pytest.raises(UserError, match=next(iter(change))):
+                run_stage(module, **settings | change, RUN_DIR=folders[1])
         for _ in range(2):
             before = [path.read_bytes() for path in folders[1].glob("*.pt")]
             run_stage(module, **settings, RUN_DIR=folders[1])
@@ -319,6 +334,26 @@ def test_killed_runs_continue_exactly(data_dir, tmp_path):
         logs = [without_times(each[2]["learners"][0].pop("log")) for each in (whole, killed)]
         assert_equal(whole[2], killed[2])
         assert logs[0] == logs[1] == without_times(read_log(folders[1] / f"{stage}.jsonl"))
+
+
+def test_log_and_checkpoint_belong_together(run_dir, data_dir, tmp_path):
+    """Overwriting removes the old checkpoint with the old log; without its state a checkpoint is not replaced."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "run/train_head.state.pt").unlink()
+    settings = QUICK | dict(DATA_DIR=data_dir, RUN_DIR=tmp_path / "run")
+    with pytest.raises(UserError, match="without the state"):
+        run_stage(train_head, **settings)
+    code, output = run_process("train_head.py", dies_at=("core.training", "validate", 1), **settings, OVERWRITE=True)
+    assert code == -9, output
+    assert not any((tmp_path / "run" / name).exists() for name in ("head.pt", "train_head.jsonl", "train_head.png"))
+
+
+def test_processes_that_restored_different_steps_stop(run_dir, data_dir, tmp_path, monkeypatch):
+    shutil.copytree(run_dir, tmp_path / "run")
+    monkeypatch.setattr(training.distributed, "gather_objects", lambda steps: [steps, [0]])  # rank 1 sees no file
+    settings = HEAD | TRAINING | dict(STEPS=8, VALIDATE_EVERY=3, LEARNING_RATE=0.01, DATA_DIR=data_dir)
+    with pytest.raises(UserError, match="different steps"):
+        run_stage(train_head, **settings, RUN_DIR=tmp_path / "run")
 
 
 def test_many_heads_train_as_each_alone(data_dir, tmp_path, capsys):
@@ -403,6 +438,54 @@ def test_submission_file_by_file(finetuned_dir, data_dir, subjects, tmp_path):
             assert np.abs(prediction[0] - prediction[1:]).max(1).min() > 1e-2  # pictures differ by far more
     with pytest.raises(UserError, match="not empty"):
         run_stage(predict, **options)
+
+
+def test_a_submission_is_replaced_as_a_whole(finetuned_dir, data_dir, tmp_path):
+    options = dict(DATA_DIR=data_dir, RUN_DIR=finetuned_dir, SUBMISSION_DIR=tmp_path / "s", DEVICE="cpu")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="did not write"):
+        run_stage(predict, **options, OVERWRITE=True)
+    assert (tmp_path / "s/notes.txt").read_text() == "mine"
+    (tmp_path / "s/submission.zip").touch()
+    run_stage(predict, **options, OVERWRITE=True)
+    assert not (tmp_path / "s/notes.txt").exists() and (tmp_path / "s/subj01/lh_pred_test.npy").exists()
+
+
+def test_damaged_artefacts_and_numbers_that_are_not_finite(finetuned_dir, data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    content = bytearray((tmp_path / "data/pca.pt").read_bytes())
+    content[len(content) // 2] ^= 64
+    (tmp_path / "data/pca.pt").write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        fit_pca.load(tmp_path / "data", prepare_data.load(data_dir))
+    encoder, space, info = load_checkpoint(finetuned_dir / "finetuned.pt")
+    encoder.head.embed_weight.data[3] = math.nan
+    record = {name: info[name] for name in ("made_with", "scores", "step", "finished", "train_nsd_ids")}
+    save_checkpoint(tmp_path / "nan.pt", encoder, space=space, **record)
+    with pytest.raises(UserError, match="not finite"):
+        run_stage(
+            predict, DATA_DIR=data_dir, CHECKPOINT=tmp_path / "nan.pt", SUBMISSION_DIR=tmp_path / "s", DEVICE="cpu"
+        )
+    assert not (tmp_path / "s").exists()
+
+
+def test_nsd_ids_are_what_names_mean(tmp_path):
+    """The challenge's names count from 0, those of NSD's shared1000 folder from 1; stray files are ignored."""
+    noise = Image.effect_noise((8, 8), 50).convert("RGB")
+    for name in ("train-0001_nsd-00013.png", "train-0002.png", "train-0003.jpg", "._train-0004.png"):
+        noise.rotate(90 * (name == "train-0003.jpg")).save(tmp_path / name)
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (tmp_path / name).touch()
+    (tmp_path / "@eaDir").mkdir()
+    paths, ids = prepare_data.list_pictures(tmp_path)
+    assert [path.name for path in paths] == ["train-0001_nsd-00013.png", "train-0002.png", "train-0003.jpg"]
+    assert ids[0] == 13 and ids[1] < 0 and ids[2] < 0 and ids[1] != ids[2]
+    other = tmp_path / "other"
+    other.mkdir()
+    noise.save(other / "shared0953_nsd69215.png")
+    noise.save(other / "test-1000.png")
+    assert prepare_data.list_pictures(other)[1].tolist() == [69214, ids[1]]  # the same picture, the same id
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -41,87 +41,73 @@ def read_array(path):
     """npy, text, or GIFTI, whose data arrays become rows."""
     if path.endswith(".npy"):
         return np.asarray(read_npy(path))
-    try:
-        return np.loadtxt(path) if path.endswith(".txt") else load_surf_data(path).T
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}).")
+    return np.loadtxt(path) if path.endswith(".txt") else load_surf_data(path).T
 
 
-def read_vertices(path):
-    """fsaverage indices (n_vertices,), in the file's order."""
-    values = read_array(path)
-    if values.shape == (N_FSAVERAGE,) and np.isin(values, (0, 1)).all():
-        return np.flatnonzero(values)
-    vertices = np.unique(values)
-    if values.ndim != 1 or len(vertices) < values.size or not np.isin(vertices, np.arange(N_FSAVERAGE)).all():
-        raise UserError(f"{path} is neither a mask (163842,) of 0 and 1 nor a list of different fsaverage indices.")
-    return values.astype(np.int64)
-
-
-def read_activity(path, rows, vertices):
-    """(n_rows, n_vertices) float32, vertices ascending, every session z-scored; constant vertices are 0."""
-    activity, widths = read_array(path), (len(vertices), N_FSAVERAGE)
-    if activity.ndim != 2 or len(activity) != len(rows) or activity.shape[1] not in widths:
-        raise UserError(f"{path} has shape {activity.shape}, expected {len(rows)} rows and {widths[0]} columns.")
-    columns = np.sort(vertices) if activity.shape[1] == N_FSAVERAGE else np.argsort(vertices)
-    activity = activity[:, columns].astype(np.float32)
-    for session in rows["session"].dropna().unique():
-        part = activity[rows["session"] == session]
-        std = part.std(0)
-        activity[rows["session"] == session] = (part - part.mean(0)) / np.where(std > 0, std, 1)
-    return activity
+def read_hemisphere(activity_path, vertices_path, rows):
+    """-> fsaverage indices (n_vertices,), ascending, and activity (n_rows, n_vertices) float32, z-scored per session."""
+    activity, vertices = read_array(activity_path), read_array(vertices_path)
+    if vertices.shape == (N_FSAVERAGE,) and np.isin(vertices, (0, 1)).all():
+        vertices = np.flatnonzero(vertices)
+    if len(np.unique(vertices)) < vertices.size or not np.isin(vertices, np.arange(N_FSAVERAGE)).all():
+        raise UserError(f"{vertices_path} is neither a mask (163842,) of 0 and 1 nor a list of fsaverage indices.")
+    if activity.shape not in ((len(rows), len(vertices)), (len(rows), N_FSAVERAGE)):
+        raise UserError(f"{activity_path} has shape {activity.shape}, expected {len(rows)} x {len(vertices)}.")
+    order = np.argsort(vertices)
+    vertices = vertices[order].astype(int)
+    activity = activity[:, order if activity.shape[1] == len(order) else vertices].astype(np.float32)
+    if "session" in rows:
+        for part in rows.groupby("session").indices.values():
+            std = activity[part].std(0)
+            activity[part] = (activity[part] - activity[part].mean(0)) / np.where(std > 0, std, 1)
+    return vertices, activity
 
 
 def read_rows():
-    """ROWS -> DataFrame picture, session, split, nsd_id (-1: none)."""
-    rows = pd.read_csv(ROWS, dtype={"picture": str, "session": str})
-    rows = rows.reindex(columns=["picture", "session", "split", "nsd_id"]).astype({"split": object})
-    rows = rows.fillna({"split": "train", "nsd_id": -1})
+    """ROWS -> DataFrame picture, split, nsd_id (-1: none) and, if it is there, session."""
+    rows = pd.read_csv(ROWS, dtype={"picture": str, "split": str})
+    rows["split"] = rows["split"].fillna("train") if "split" in rows else "train"
+    rows["nsd_id"] = rows["nsd_id"].fillna(-1) if "nsd_id" in rows else -1
     if rows["picture"].isna().any() or not rows["split"].isin(["train", "test"]).all():
         raise UserError(f"{ROWS} needs a file name in column picture of every line; column split holds train or test.")
-    unclear = rows.groupby("picture")[["split", "nsd_id"]].nunique().gt(1).any(axis=1)
-    if unclear.any():
-        raise UserError(f"{ROWS} gives {unclear.idxmax()} two splits or two nsd ids.")
-    sessions = rows["session"].value_counts(dropna=False)
-    if rows["session"].notna().any() and (rows["session"].isna().any() or sessions.min() < FEWEST_ROWS):
+    if rows.groupby("picture")[["split", "nsd_id"]].nunique().gt(1).any(axis=None):
+        raise UserError(f"{ROWS} gives a picture two splits or two nsd ids.")
+    if "session" in rows and not (rows["session"].map(rows["session"].value_counts()) >= FEWEST_ROWS).all():
         raise UserError(f"{ROWS} has rows without a session, or a session of fewer than {FEWEST_ROWS} rows.")
     return rows
 
 
-def write_pictures(pictures, folder):
-    """The DataFrame's pictures under their new names; all unreadable ones are listed at once."""
-    paths, failures = {Path(PICTURES_DIR) / name: file for name, file in pictures["file"].items()}, []
-    for batch in read_batches(list(paths), 64, failures):
-        for picture in batch:
-            Image.fromarray(picture.image).save(folder / paths[picture.path])
-    if failures:
-        raise UserError("\n".join([f"{len(failures)} pictures of {ROWS} cannot be read:", *failures[:20]]))
-
-
 def main():
     rows, output = read_rows(), Path(CHALLENGE_DIR) / SUBJECT
-    vertices = [read_vertices(path) for path in (LH_VERTICES, RH_VERTICES)]
-    activity = [read_activity(path, rows, own) for path, own in zip((LH_ACTIVITY, RH_ACTIVITY), vertices)]
-    pictures = rows.groupby("picture", sort=False).agg({"split": "first", "nsd_id": "first"})
+    paths = (LH_ACTIVITY, LH_VERTICES), (RH_ACTIVITY, RH_VERTICES)
+    hemispheres = {hemi: read_hemisphere(*pair, rows) for hemi, pair in zip(HEMIS, paths)}
+    pictures = rows.groupby("picture", sort=False)[["split", "nsd_id"]].first()
     pictures["n_rows"] = rows["picture"].value_counts()
     number = pictures.groupby("split").cumcount().add(1).map("-{:05d}".format)
-    ids = pictures["nsd_id"].map(lambda nsd_id: f"_nsd-{int(nsd_id):05d}" if nsd_id >= 0 else "")
+    ids = pictures["nsd_id"].map("_nsd-{:05.0f}".format).where(pictures["nsd_id"] >= 0, "")
     pictures["file"] = pictures["split"] + number + ids + ".png"
+    failures = []
     with output_folder(output, OVERWRITE, marker="pictures.csv") as folder:
         for split, part in pictures.groupby("split"):
             name = {"train": "training"}.get(split, split)
-            for kind in ("images", "fmri"):
-                (folder / f"{name}_split/{name}_{kind}").mkdir(parents=True)
-            write_pictures(part, folder / f"{name}_split/{name}_images")
-            for hemi, values in zip(HEMIS, activity):
-                mean = pd.DataFrame(values).groupby(rows["picture"].to_numpy()).mean().loc[part.index]
-                np.save(folder / f"{name}_split/{name}_fmri/{hemi}_{name}_fmri.npy", mean.to_numpy(np.float32))
+            images, fmri = (folder / f"{name}_split/{name}_{kind}" for kind in ("images", "fmri"))
+            images.mkdir(parents=True)
+            fmri.mkdir()
+            files = {Path(PICTURES_DIR) / picture: images / file for picture, file in part["file"].items()}
+            for batch in read_batches(list(files), 64, failures):
+                for picture in batch:
+                    Image.fromarray(picture.image).save(files[picture.path])
+            for hemi, (_, activity) in hemispheres.items():
+                mean = pd.DataFrame(activity).groupby(rows["picture"]).mean().loc[part.index]
+                np.save(fmri / f"{hemi}_{name}_fmri.npy", mean.to_numpy(np.float32))
+        if failures:
+            raise UserError("\n".join([f"{len(failures)} pictures of {ROWS} cannot be read:", *failures[:20]]))
         (folder / "roi_masks").mkdir()
-        for hemi, own in zip(HEMIS, vertices):
-            mask = np.isin(np.arange(N_FSAVERAGE), own).astype(np.int64)
+        for hemi, (vertices, _) in hemispheres.items():
+            mask = np.isin(np.arange(N_FSAVERAGE), vertices).astype(np.int64)
             np.save(folder / f"roi_masks/{hemi}.all-vertices_fsaverage_space.npy", mask)
         pictures.to_csv(folder / "pictures.csv")
-    print(f"wrote {output}: {len(rows)} rows of {len(pictures)} pictures, {sum(map(len, vertices))} vertices")
+    print(f"wrote {output}: {len(rows)} rows of {len(pictures)} pictures")
 
 
 if __name__ == "__main__":

@@ -20,26 +20,26 @@ TEMPLATE = jinja2.Template(
     """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title | e }}</title><style>
 * { box-sizing: border-box; } img { max-width: 100%; cursor: zoom-in; } img.full { max-width: none; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1160px; margin: auto; padding: 0 16px; overflow-wrap: anywhere; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1160px; margin: auto; padding: 0 1em; overflow-wrap: anywhere }
 .number { font-size: 1.2em; background: #eef4fa; padding: 12px 16px; border-left: 4px solid #0072b2; }
 .wide, figure { overflow: auto; margin: 1em 0; } pre { white-space: pre-wrap; }
-table { border-collapse: collapse; font-size: 0.85em; } td, th { padding: 3px 9px; text-align: left; white-space: nowrap; }
+table { border-collapse: collapse; font-size: 0.85em; } td, th { padding: 3px 9px; white-space: nowrap }
 </style></head><body><h1>{{ title | e }}</h1><p class="number">{{ number | e }}</p>
 {% if split == "val" %}<p>Figures and areas are of the validation split, as in the report. Validation chose the \
 checkpoint, so its scores are optimistic.</p>{% endif %}
 {% if what.splits == "authors" %}<p>Splits are the authors': a picture may be trained on for one subject and scored \
 for another, which helps the scores a little.</p>{% endif %}
-<h2>Scores</h2><div class="wide">{{ overview }}</div><p>Averages are over {{ unit }}; “all” pools those of all subjects. \
-“group” is the subject-agnostic prediction. In parentheses: 95 % intervals from resampling pictures; they do not cover \
-training seeds. The challenge score is the mean over {{ unit }} of the squared correlation (0 where negative) divided by \
-the noise ceiling, at most 1.</p>
+<h2>Scores</h2><div class="wide">{{ overview }}</div>
+<p>Averages are over {{ unit }}; “all” pools those of all subjects. “group” is the subject-agnostic prediction. In \
+parentheses: 95 % intervals from resampling pictures; they do not cover training seeds. The challenge score is the mean \
+over {{ unit }} of the squared correlation (0 where negative) divided by the noise ceiling, at most 1.</p>
 {% if cortex %}<h2>On the cortex</h2><p>Drag to turn, scroll to zoom. Grey: not scored.</p>{{ cortex }}{% endif %}
 <h2>Figures</h2><p>As numbered in the report. Click one to enlarge it.</p>{% for name, content in figures.items() %}
 <figure><img alt="{{ name }}" src="data:image/webp;base64,{{ content }}" onclick="this.classList.toggle('full')">
 <figcaption>{{ name }}</figcaption></figure>{% endfor %}
 {% if rois %}<h2>By ROI</h2>{% for subject, table in rois.items() %}<details><summary>{{ subject }}</summary>
 <div class="wide">{{ table }}</div></details>{% endfor %}{% endif %}
-<h2>What made this</h2><details><summary>checkpoint, constants, versions</summary><pre>{{ made_with | e }}</pre></details>
+<h2>What made this</h2><details><summary>settings and versions</summary><pre>{{ made_with | e }}</pre></details>
 </body></html>"""
 )
 

@@ -6,8 +6,8 @@ with centred x. In the singular vectors of x this separates into scalars, so tha
 and penalties. The penalties a and c have the least squared leave-one-out error: the error of picture i, when it is left
 out, is e_i / (1 - H_ii) with the residuals e and the hat matrix H of all pictures.
 
-fit() is the usual encoding model: g = 1, t the activity of every vertex, x a trunk's pooled features, standardised. By
-default every vertex has a penalty of its own and b is free, as in scikit-learn's RidgeCV with alpha_per_target.
+fit() is the usual encoding model, by default with a penalty of its own for every vertex and b free, as in scikit-learn's
+RidgeCV with alpha_per_target.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ def pool_tokens(trunk, features):
     and mean patch token of every layer; registers are left out."""
     has_class = getattr(trunk.vit, "cls_token", None) is not None
     parts = []
-    for layer in features:
-        parts += [layer[:, 0].float()] if has_class else []
-        parts.append(layer[:, trunk.n_prefix :].float().mean(1))
+    for x in features:
+        patches = x[:, trunk.n_prefix :].float().mean(1)
+        parts += [x[:, 0].float(), patches] if has_class else [patches]
     return torch.cat(parts, dim=1)
 
 
@@ -83,7 +83,7 @@ def solve(x, t, penalties, mean_penalties=(0.0,), shared=False, gains=1.0):
 
 
 def fit(x, y, penalties=PENALTIES, mean_penalties=(0.0,), shared=False):
-    """Features x (n_pictures, n_features), activity y (n_pictures, n_vertices) -> Ridge; options as those of solve()."""
+    """Pooled features x (n_pictures, n_features), which are standardised, activity y (n_pictures, n_vertices) -> Ridge."""
     std = x.std(0, correction=0)
     std = torch.where(std > 1e-6 * std.max(), std, torch.inf)  # constant features predict nothing
     ridge = solve(x / std, y, penalties, mean_penalties, shared)
