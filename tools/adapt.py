@@ -52,19 +52,16 @@ N_FOLDS = 10
 
 
 def decompose(rows):
-    """E of the person's vertices (n_vertices, pca_dim) -> gains g (rank,) and U / sqrt(g) (pca_dim, rank), float64.
-
-    E'E = U diag(g) U' is not the identity, as vertices are missing. y E U / sqrt(g) are orthonormal coordinates of y's
-    part in the span of E.
-    """
+    """E (n_vertices, pca_dim) -> g (rank,) and U / sqrt(g) (pca_dim, rank), float64, with E'E = U diag(g) U', which is the
+    identity if no vertices are missing. y E U / sqrt(g) are coordinates of y's part in the span of E, orthonormal."""
     gains, vectors = torch.linalg.eigh((rows.T @ rows).double())
     kept = gains > 1e-6 * gains.max()
     return gains[kept], vectors[:, kept] / gains[kept].sqrt()
 
 
 class Person:
-    """The new person on the vertices that the checkpoint has. h, features, activity, group (predicted) and targets have a
-    row per picture; known (n_vertices of data,): which of the data's vertices; columns: those in the checkpoint's space."""
+    """The new person on the vertices that the checkpoint has. h, features, activity, group, targets: a row per picture;
+    known (n_vertices of the data,) bool: these vertices; columns: theirs in the checkpoint's space."""
 
     def __init__(self, data, encoder, columns, precision):
         self.encoder, self.known, self.columns = encoder, columns >= 0, columns[columns >= 0]
@@ -97,26 +94,31 @@ class Person:
         return Encoder(self.encoder.trunk, head).predict(self.h[pictures], 0)[:, self.columns]
 
     def predict_ridge(self, fitted, pictures):
-        """The baseline, with all that helps our map: the same candidates, one a and c for all vertices, a shrunk mean."""
+        """The baseline with all that helps our map: the same candidates, one a and c for all vertices."""
         model = ridge.fit(self.features[fitted], self.activity[fitted], PENALTIES, MEAN_PENALTIES, shared=True)
         return ridge.predict(model, self.features[pictures])
 
+    def cross_validate(self):
+        """Predictions of all pictures, each by a map that is fitted to the other folds."""
+        fold, prediction = (
+            np.random.default_rng(SEED).permutation(len(self.h)) % N_FOLDS,
+            torch.empty_like(self.activity),
+        )
+        for k in np.unique(fold):
+            prediction[fold == k] = self.predict_adapted(fold != k, fold == k)
+        return prediction
 
-def measure_curve(person, train, scored):
-    """Fit to some of train, score on scored -> DataFrame n_pictures, method, draw, median_r2."""
-    sizes = [n for n in SIZES if n < len(train)] + [len(train)]
+
+def draw_curve(person, train, scored, title, folder):
+    """Fit to more and more of train, score on scored; write curve.csv and curve.png, and print the means over draws."""
+    sizes, table = [n for n in SIZES if n < len(train)] + [len(train)], []
     draws = [(n, draw) for n in sizes for draw in range(N_DRAWS if 2 * n <= len(train) else 1)]
-    table = []
     for n, draw in progress(draws, desc="learning curve", unit="draw"):
         drawn = np.random.default_rng([SEED, n, draw]).permutation(train)[:n]
         ours, baseline = person.predict_adapted(drawn, scored), person.predict_ridge(drawn, scored)
         for method, prediction in (("group", person.group[scored]), ("adapted", ours), ("ridge", baseline)):
             table.append((n, method, draw, median(r2_score(person.activity[scored], prediction))))
-    return pd.DataFrame(table, columns=["n_pictures", "method", "draw", "median_r2"])
-
-
-def save_curve(curve, title, folder):
-    """curve.csv, curve.png, and the same printed."""
+    curve = pd.DataFrame(table, columns=["n_pictures", "method", "draw", "median_r2"])
     curve.to_csv(folder / "curve.csv", index=False, float_format="%.6g")
     summary = curve.groupby(["n_pictures", "method"], sort=False)["median_r2"].agg(["mean", "min", "max"])
     print(f"\n{title}, over draws\n{summary.to_string(float_format='{:.4f}'.format)}\n")
@@ -130,19 +132,10 @@ def save_curve(curve, title, folder):
     figure.savefig(folder / "curve.png", dpi=150)
 
 
-def cross_validate(person):
-    """Predictions of all pictures, each by a map that is fitted to the other folds."""
-    fold = np.random.default_rng(SEED).permutation(len(person.h)) % N_FOLDS
-    prediction = torch.empty_like(person.activity)
-    for k in np.unique(fold):
-        prediction[fold == k] = person.predict_adapted(fold != k, fold == k)
-    return prediction
-
-
 def score(activity, prediction, nsd_ids, title):
     """Print and return {n_pictures, median_r2, interval: 95 % over pictures or None}, as tools/evaluate.py has them."""
-    r2, n, ends = median(r2_score(activity, prediction)), len(activity), None
-    text = f"{title}: median R² {r2:.4f}"
+    r2, n = median(r2_score(activity, prediction)), len(activity)
+    text, ends = f"{title}: median R² {r2:.4f}", None
     if n >= evaluate.FEWEST_PICTURES:
         order, no_ceiling = np.argsort(nsd_ids), np.full(activity.shape[1], np.nan)
         weights = evaluate.draw_pictures(n, evaluate.RESAMPLES, evaluate.SEED)
@@ -176,22 +169,21 @@ def adapt(data, encoder, space, info, precision, folder):
     """Fit, score, and write the files of OUTPUT_DIR to folder."""
     name, nsd_ids = data.space.subjects[0], data.nsd_ids[data.image]
     held_out, fresh = data.split > 0, ~np.isin(nsd_ids, info["train_nsd_ids"].numpy())
-    train, scored, n_left_out = data.samples("train"), np.flatnonzero(held_out & fresh), int((held_out & ~fresh).sum())
+    train, scored = data.samples("train"), np.flatnonzero(held_out & fresh)
+    n, n_left_out = len(train), int((held_out & ~fresh).sum())
     person = Person(data, encoder, find(space, data.space), precision)
-    n, (weight, bias, a, c) = len(train), person.fit(train)
+    weight, bias, a, c = person.fit(train)
     print(f"{name}: {n} pictures, {len(person.columns)} vertices; the checkpoint lacks {(~person.known).sum()} others")
-    print("penalties with the least leave-one-out error (each picture predicted from all others):")
-    print(f"  a {a:<8.3g} on the person's own map; 0: unconstrained, inf: the group's map")
-    print(f"  c {c:<8.3g} on the shift of the mean from the group's, in pictures: {n / (n + c):.0%} of it is kept")
-    if n_left_out:
-        print(f"{n_left_out} held-out pictures are not scored: the checkpoint was trained on them with other people")
+    print(f"penalties of least leave-one-out error: a {a:.3g} on the person's own map (inf: the group's map),")
+    print(f"c {c:.3g}, in pictures, on the shift of the mean from the group's: {n / (n + c):.0%} of it is kept")
+    print(f"{n_left_out} held-out pictures are not scored: the checkpoint was trained on them with other people")
     scores = {"subject": name, "n_pictures": n, "n_left_out": n_left_out, "a": f"{a:g}", "c": f"{c:g}"}
     if len(scored) > 1:
-        save_curve(measure_curve(person, train, scored), f"{name}: {len(scored)} held-out pictures", folder)
+        draw_curve(person, train, scored, f"{name}: {len(scored)} held-out pictures", folder)
         prediction, title = person.predict_adapted(train, scored), "held-out pictures"
         scores["held_out"] = score(person.activity[scored], prediction, nsd_ids[scored], title)
     if len(scored) < FEW_PICTURES and fresh.sum() > 1:
-        prediction, title = cross_validate(person)[fresh], f"{N_FOLDS}-fold cross-validation over all pictures"
+        prediction, title = person.cross_validate()[fresh], f"{N_FOLDS}-fold cross-validation over all pictures"
         scores["cross_validated"] = score(person.activity[fresh], prediction, nsd_ids[fresh], title)
     (folder / "scores.json").write_text(json.dumps(scores, indent=1))
     record = {"data_fingerprint": data.fingerprint, "checkpoint": info["fingerprint"]} | constants(globals()) | scores

@@ -181,8 +181,11 @@ def call(script, **values):
 
 
 def command(folder, words):
-    """Run python in a folder -> its output; errors go to the terminal."""
-    return subprocess.run([sys.executable, *words], cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
+    """Run python in a folder -> (seconds, seconds of processor time, its output); errors go to the terminal."""
+    start, before = time.perf_counter(), os.times()
+    done = subprocess.run([sys.executable, *words], cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    after = os.times()
+    return time.perf_counter() - start, sum(after[2:4]) - sum(before[2:4]), done.stdout
 
 
 def difference(a, b):
@@ -415,20 +418,20 @@ def compare(bench, stage, needs="", longer="", limit=""):
         "pca": f"fit_pca.py --data_dir data --pca_dim {PCA_DIM} --device cpu --overwrite true",
         "step": f"train_head.py --data_dir data {trunk} --device cpu --overwrite true --warmup_steps 1 --steps 2",
     }
-    roots, seconds = {"here": ROOT} | ({"there": Path(OTHER).resolve()} if OTHER else {}), {}
+    roots, times = {"here": ROOT} | ({"there": Path(OTHER).resolve()} if OTHER else {}), {}
     for repeat, (where, root) in itertools.product(range(REPEATS), roots.items()):
         folder, words = bench.folder / where, {name: f"{root}/{text}".split() for name, text in texts.items()}
         folder.mkdir(exist_ok=True)
         for need in needs.split() if repeat == 0 else ():
             command(folder, words[need])
-        short = bench.clock(partial(command, folder, words[stage] + ([] if longer else ["--help"])))
-        start, output = time.perf_counter(), command(folder, words[stage] + longer.split())
-        seconds.setdefault(where, []).append(time.perf_counter() - start - short)
+        *short, _ = command(folder, words[stage] + ([] if longer else ["--help"]))
+        *whole, output = command(folder, words[stage] + longer.split())
+        times.setdefault(where, []).append(np.subtract(whole, short))
         memory = re.search(r"peak memory ([\d.]+ GB)", output)[1]
-        yield f"run {repeat + 1} {where}, peak memory {memory}", seconds[where][-1], "s", ""
-    medians = {where: statistics.median(times) for where, times in seconds.items()}
-    if OTHER:
-        yield "here / there", medians["here"] / medians["there"], "", limit
+        yield f"{where}, peak memory {memory}", times[where][-1][0], "s", ""
+    wall, processor = np.median(times["here"], 0) / np.median(times[where], 0)
+    yield f"here / {where}", wall, "", limit
+    yield f"here / {where}, processor time", processor, "", ""
 
 
 CHECKS = {

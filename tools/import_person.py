@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from nilearn.surface import load_surf_data
 from PIL import Image
+from sklearn.preprocessing import scale
 
 from core.files import output_folder
 from core.settings import run
@@ -45,22 +46,18 @@ def read_array(path):
 
 
 def read_hemisphere(activity_path, vertices_path, rows):
-    """-> fsaverage indices (n_vertices,), ascending, and activity (n_rows, n_vertices) float32, z-scored per session."""
+    """-> mask (163842,) of 0 and 1, and activity (n_rows, n_vertices) float32 in its order, z-scored per session."""
     activity, vertices = read_array(activity_path), read_array(vertices_path)
     if vertices.shape == (N_FSAVERAGE,) and np.isin(vertices, (0, 1)).all():
         vertices = np.flatnonzero(vertices)
-    if len(np.unique(vertices)) < vertices.size or not np.isin(vertices, np.arange(N_FSAVERAGE)).all():
-        raise UserError(f"{vertices_path} is neither a mask (163842,) of 0 and 1 nor a list of fsaverage indices.")
     if activity.shape not in ((len(rows), len(vertices)), (len(rows), N_FSAVERAGE)):
         raise UserError(f"{activity_path} has shape {activity.shape}, expected {len(rows)} x {len(vertices)}.")
-    order = np.argsort(vertices)
-    vertices = vertices[order].astype(int)
-    activity = activity[:, order if activity.shape[1] == len(order) else vertices].astype(np.float32)
+    columns = np.argsort(vertices) if activity.shape[1] == len(vertices) else np.sort(vertices).astype(int)
+    activity = activity[:, columns].astype(np.float32)
     if "session" in rows:
         for part in rows.groupby("session").indices.values():
-            std = activity[part].std(0)
-            activity[part] = (activity[part] - activity[part].mean(0)) / np.where(std > 0, std, 1)
-    return vertices, activity
+            activity[part] = scale(activity[part])
+    return np.isin(np.arange(N_FSAVERAGE), vertices).astype(np.int64), activity
 
 
 def read_rows():
@@ -103,8 +100,7 @@ def main():
         if failures:
             raise UserError("\n".join([f"{len(failures)} pictures of {ROWS} cannot be read:", *failures[:20]]))
         (folder / "roi_masks").mkdir()
-        for hemi, (vertices, _) in hemispheres.items():
-            mask = np.isin(np.arange(N_FSAVERAGE), vertices).astype(np.int64)
+        for hemi, (mask, _) in hemispheres.items():
             np.save(folder / f"roi_masks/{hemi}.all-vertices_fsaverage_space.npy", mask)
         pictures.to_csv(folder / "pictures.csv")
     print(f"wrote {output}: {len(rows)} rows of {len(pictures)} pictures")

@@ -6,7 +6,7 @@ with centred x. In the singular vectors of x this separates into scalars, so tha
 and penalties. The penalties a and c have the least squared leave-one-out error: the error of picture i, when it is left
 out, is e_i / (1 - H_ii) with the residuals e and the hat matrix H of all pictures.
 
-fit() is the usual encoding model, by default with a penalty of its own for every vertex and b free, as in scikit-learn's
+fit() is the usual encoding model; by default every vertex has a penalty of its own and b is free, as in scikit-learn's
 RidgeCV with alpha_per_target.
 """
 
@@ -51,10 +51,10 @@ def decompose(x):
 
 
 def solve(x, t, penalties, mean_penalties=(0.0,), shared=False, gains=1.0):
-    """Minimise the objective above -> Ridge.
+    """Minimise the objective above for x (n, n_features), t (n, n_columns) -> Ridge.
 
-    x (n, n_features); t (n, n_columns); penalties: candidates for a, in mean |x|² of centred x (infinity: w = 0);
-    mean_penalties: for c, in pictures (infinity: b = 0); shared: one a and one c for all columns; gains: g (n_columns,).
+    Candidates are penalties for a, in mean |x|² of centred x (infinity: w = 0), and mean_penalties for c, in pictures
+    (infinity: b = 0); shared: one a and one c for all columns; gains: g (n_columns,).
     """
     n, centre, t_mean = len(x), x.mean(0), t.mean(0)
     left, s, right = decompose((x - centre).double())
@@ -83,7 +83,7 @@ def solve(x, t, penalties, mean_penalties=(0.0,), shared=False, gains=1.0):
 
 
 def fit(x, y, penalties=PENALTIES, mean_penalties=(0.0,), shared=False):
-    """Pooled features x (n_pictures, n_features), which are standardised, activity y (n_pictures, n_vertices) -> Ridge."""
+    """Features x (n_pictures, n_features), standardised here, activity y (n_pictures, n_vertices) -> Ridge."""
     std = x.std(0, correction=0)
     std = torch.where(std > 1e-6 * std.max(), std, torch.inf)  # constant features predict nothing
     ridge = solve(x / std, y, penalties, mean_penalties, shared)
