@@ -5,7 +5,7 @@ With the training samples y (n_vertices,) of all subjects together, missing vert
     mean = average of y,  E = the pca_dim leading principal axes, orthonormal columns
     z* = E'(y - mean),    r* = |y - mean|² - |z*|²
 
-so that the mean squared error of any prediction E z + mean is (|z - z*|² + r*) / n_vertices: training needs no vertices.
+so that the mean squared error of any prediction E z + mean is (|z - z*|² + r*) / n_vertices: training never decodes.
 Written to DATA_DIR/pca.pt, which load() reads. Randomised SVD: Halko et al. 2011.
 """
 

@@ -1,14 +1,18 @@
 """The checkpoint: everything that prediction needs, and what made it."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
+import model
 from core.files import fingerprint, load_torch, save_torch
 from core.settings import versions
 from core.space import Space
 from model import Encoder, Head, Trunk, UserError
 
 FORMAT = "encoder-3"
+SOURCE = fingerprint(Path(model.__file__).read_text(encoding="utf-8"))  # a changed model.py is another model
 
 
 def trunk_state(trunk, layers):
@@ -25,7 +29,7 @@ def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished, 
     state = trunk_state(encoder.trunk, encoder.layers)
     stored = [name for name in encoder.trunk.stored_names() if name in state]
     content = {
-        "made_with": made_with, "versions": versions(), "scores": scores, "step": step, "finished": finished,
+        "made_with": made_with, "versions": versions(), "source": SOURCE, "scores": scores, "step": step, "finished": finished,
         "trunk_settings": encoder.trunk.settings | {"layers": ",".join(map(str, encoder.layers))},
         "trunk": {name: state[name].detach().cpu() for name in stored},
         "trunk_fingerprint": fingerprint(*(value for name, value in state.items() if name not in stored)),
@@ -60,6 +64,8 @@ def load_weights(path, head, weights):
 def load_checkpoint(path, device="cpu"):
     """-> (Encoder on device in eval mode, Space, the rest of the checkpoint as a dict)."""
     content = read_checkpoint(path)
+    if content["source"] != SOURCE:
+        print(f"note: {path} was made with another model.py")
     trunk = Trunk(**content["trunk_settings"])
     stored, weights = content.pop("trunk"), content.pop("head")
     loaded = fingerprint(*(value for name, value in trunk.state_dict().items() if name not in stored))

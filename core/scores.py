@@ -1,7 +1,4 @@
-"""R² of predictions: one function for training, validation and evaluation. With activity y, prediction ŷ of a vertex:
-
-R² = 1 - sum (y - ŷ)² / sum (y - mean y)² over images
-"""
+"""R² of a vertex over images, 1 - sum (y - ŷ)² / sum (y - mean y)²: one function for training and all scores."""
 
 import numpy as np
 import torch

@@ -6,7 +6,6 @@ loss see the whole batch, and gradients are averaged: the result of one process,
 """
 
 import contextlib
-import inspect
 import json
 import math
 import time
@@ -19,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-import model
 from core import distributed
-from core.checkpoint import mark_finished, read_checkpoint, save_checkpoint
-from core.files import atomic_write, fingerprint, load_torch, lock, save_torch
+from core.checkpoint import SOURCE, mark_finished, read_checkpoint, save_checkpoint
+from core.files import atomic_write, load_torch, lock, save_torch
 from core.scores import median_r2, r2_score
 from core.settings import progress
 from model import Crops, UserError, autocast, random_boxes, trunk_outputs
@@ -30,7 +28,7 @@ from model import Crops, UserError, autocast, random_boxes, trunk_outputs
 FORMAT = "training-3"
 # settings that may differ between a run and its continuation
 FREE = ("DATA_DIR", "RUN_DIR", "CHECKPOINT", "DEVICE", "PRECISION", "COMPILE", "OVERWRITE")
-STATE = ("made_with", "source", "step", "best", "saved", "log", "failed", "n_losses", "loss_sum")
+STATE = ("made_with", "step", "best", "saved", "log", "failed", "n_losses", "loss_sum")
 IMAGE_KEYS = ("images", "top", "left", "size")
 
 
@@ -128,7 +126,6 @@ class Learner:
         self.log_path = log_path(self.output)
         self.made_with = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in FREE}
         self.made_with |= made_from | {"precision": str(precision).removeprefix("torch.")}
-        self.source = fingerprint(inspect.getsource(model))
         if s.TRAIN_EMBEDDING:
             for name in ("embed_weight", "embed_bias"):  # copies: other heads share the PCA's memory
                 setattr(encoder.head, name, torch.nn.Parameter(getattr(encoder.head, name).detach().clone()))
@@ -179,7 +176,7 @@ class Learner:
     def state(self):
         """Everything that a continuation needs."""
         changing = self.trainable | {f"head.{name}": value for name, value in self.encoder.head.named_buffers()}
-        state = {name: getattr(self, name) for name in STATE} | {"loss_sum": float(self.loss_sum)}
+        state = {name: getattr(self, name) for name in STATE} | {"loss_sum": float(self.loss_sum), "source": SOURCE}
         state["weights"] = {name: value.detach().cpu() for name, value in changing.items()}
         return state | {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
@@ -192,9 +189,9 @@ class Learner:
         changed = sorted(set(self.state()["weights"]) ^ set(state["weights"]))
         if changed:
             raise UserError(f"the head in model.py has changed since this run began ({', '.join(changed)}).")
-        if state["source"] != self.source:
+        if state["source"] != SOURCE:
             print("note: model.py has changed since this run began")
-        for name in STATE[2:]:
+        for name in STATE[1:]:
             setattr(self, name, state[name])
         self.encoder.load_state_dict(state["weights"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -338,7 +335,7 @@ class Run:
                 if distributed.rank() == 0:
                     save_checkpoint(
                         learner.output, learner.encoder, space=self.data.space, scores=scores, step=learner.step,
-                        made_with=learner.made_with | {"source": learner.source}, finished=False,
+                        made_with=learner.made_with, finished=False,
                         train_nsd_ids=self.data.nsd_ids[self.data.image[self.data.samples("train")]],
                     )  # fmt: skip
             if distributed.rank() == 0:

@@ -224,12 +224,12 @@ def write_subject(root, name, shown, shared, mask, folder):
 
 
 def write_pictures(path, rows, outputs, side=425, at_once=128):
-    """PNGs of the central side x side px of pictures in an HDF5 file of NSD. rows: which; outputs: paths of the PNGs."""
+    """PNGs of the central side x side px of pictures in an HDF5 file. rows: which; outputs: paths of the PNGs."""
     with (
         h5py.File(path, locking=False) as file,  # network file systems may have no locks
         ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow encodes outside Python's lock
     ):
-        for start in progress(range(0, len(rows), at_once), desc=outputs[0].parent.name, unit=f"{at_once} pictures"):
+        for start in progress(range(0, len(rows), at_once), desc="pictures", unit=f"{at_once} pictures"):
             pictures = [file["imgBrick"][row] for row in rows[start : start + at_once]]
             top, left = (np.array(pictures[0].shape[:2]) - side) // 2
             pictures = [Image.fromarray(p[top : top + side, left : left + side].copy()) for p in pictures]
@@ -240,7 +240,7 @@ def read_note(folder, settings):
     """The note of a finished subject; UserError if other settings made it."""
     note = json.loads((folder / NOTE).read_text()) if (folder / NOTE).is_file() else {}
     if settings.items() - note.items():
-        raise UserError(f"{folder} was made with {note}, not {settings}: choose another CHALLENGE_DIR, or --overwrite.")
+        raise UserError(f"{folder} was made with {note}, not {settings}: choose another CHALLENGE_DIR.")
     print(f"{folder} is finished already")
     return note
 

@@ -258,8 +258,9 @@ def test_intervals_in_the_scores(world, evaluation):
 def test_validation_brings_the_private_test(world, capsys):
     """The number to report is the private test's; without ceilings no challenge score. Print and files agree."""
     options = dict(CHALLENGE_DIR="none", RESAMPLES=20)
-    content, _ = run(world, **options)
+    content, folder = run(world, **options)
     out = capsys.readouterr().out
+    assert np.array_equal(np.isfinite(np.load(folder / "vertices.npz")["subject_r2"]), world.space.mask)
     test, _ = run(world, **options, SPLIT="test")
     assert content["to_report"]["scores"] == test["scores"] == test["to_report"]["scores"] != content["scores"]
     for part, split in ((content, 1), (test, 2)):

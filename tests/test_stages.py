@@ -530,7 +530,7 @@ DAMAGES = {  # what is done to subj06's folder: the word that the message needs
     "integers": (lambda f: change(f / FMRI, lambda y: y.astype(int)), "int64"),
     "a row less": (lambda f: change(f / FMRI, lambda y: y[1:]), "shape"),
     "pickled activity": (lambda f: np.save(f / FMRI, np.array([Evil()]), allow_pickle=True), "rh_training_fmri.npy"),
-    "no pictures": (lambda f: shutil.rmtree(f / PICTURES), "no pictures"),
+    "no pictures": (lambda f: shutil.rmtree(f / PICTURES), "PNG or JPEG"),
     "a picture less": (lambda f: picture(f, 4).unlink(), "shape"),
     "truncated picture": (lambda f: truncate(picture(f, 4)), "damaged"),
     "not square": (lambda f: Image.new("RGB", (80, 60)).save(picture(f, 4)), "square"),

@@ -52,8 +52,8 @@ N_FOLDS = 10
 
 
 def decompose(rows):
-    """E (n_vertices, pca_dim) -> g (rank,) and U / sqrt(g) (pca_dim, rank), float64, with E'E = U diag(g) U', which is the
-    identity if no vertices are missing. y E U / sqrt(g) are coordinates of y's part in the span of E, orthonormal."""
+    """E (n_vertices, pca_dim) -> g (rank,), U / sqrt(g) (pca_dim, rank), float64. E'E = U diag(g) U' is the identity if no
+    vertices are missing. y E U / sqrt(g) are coordinates of y's part in the span of E, orthonormal."""
     gains, vectors = torch.linalg.eigh((rows.T @ rows).double())
     kept = gains > 1e-6 * gains.max()
     return gains[kept], vectors[:, kept] / gains[kept].sqrt()

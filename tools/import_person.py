@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from nilearn.surface import load_surf_data
 from PIL import Image
-from sklearn.preprocessing import scale
 
 from core.files import output_folder
 from core.settings import run
@@ -56,7 +55,8 @@ def read_hemisphere(activity_path, vertices_path, rows):
     activity = activity[:, columns].astype(np.float32)
     if "session" in rows:
         for part in rows.groupby("session").indices.values():
-            activity[part] = scale(activity[part])
+            std = activity[part].std(0)
+            activity[part] = (activity[part] - activity[part].mean(0)) / np.where(std > 0, std, 1)
     return np.isin(np.arange(N_FSAVERAGE), vertices).astype(np.int64), activity
 
 

@@ -31,8 +31,8 @@ checkpoint, so its scores are optimistic.</p>{% endif %}
 for another, which helps the scores a little.</p>{% endif %}
 <h2>Scores</h2><div class="wide">{{ overview }}</div>
 <p>Averages are over {{ unit }}; “all” pools those of all subjects. “group” is the subject-agnostic prediction. In \
-parentheses: 95 % intervals from resampling pictures; they do not cover training seeds. The challenge score is the mean \
-over {{ unit }} of the squared correlation (0 where negative) divided by the noise ceiling, at most 1.</p>
+parentheses: 95 % intervals from resampling pictures; they do not cover training seeds. The challenge score is the \
+mean over {{ unit }} of the squared correlation (0 where negative) divided by the noise ceiling, at most 1.</p>
 {% if cortex %}<h2>On the cortex</h2><p>Drag to turn, scroll to zoom. Grey: not scored.</p>{{ cortex }}{% endif %}
 <h2>Figures</h2><p>As numbered in the report. Click one to enlarge it.</p>{% for name, content in figures.items() %}
 <figure><img alt="{{ name }}" src="data:image/webp;base64,{{ content }}" onclick="this.classList.toggle('full')">

@@ -171,7 +171,7 @@ def write_head(path, learner, data):
     weights, step, scores = learner.at_best
     learner.encoder.load_state_dict(weights, strict=False)
     save_checkpoint(
-        path, learner.encoder, space=data.space, made_with=learner.made_with | {"source": learner.source},
+        path, learner.encoder, space=data.space, made_with=learner.made_with,
         scores=scores, step=step, finished=True, train_nsd_ids=data.nsd_ids[data.image[data.samples("train")]],
     )  # fmt: skip
 
