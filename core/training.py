@@ -388,7 +388,7 @@ def save_curves(log, path):
     left, right = figure.subplots(1, 2)
     for axis, key, label in ((left, "train_loss", "train"), (left, "val_loss", "validation"), (right, "val_r2", None)):
         axis.plot([entry["step"] for entry in log], [entry[key] for entry in log], label=label)
-    left.legend()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2)  # covers no line
     left.set(xlabel="step", ylabel="mean squared error")
     right.set(xlabel="step", ylabel="validation median R²")
     with atomic_write(path) as file:

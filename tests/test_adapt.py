@@ -28,7 +28,6 @@ from tools.simulate import simulate
 
 OPTIONS = dict(PRECISION="float32", DEVICE="cpu", N_DRAWS=2, BATCH_SIZE=16)
 SEED = 7  # of the person's splits: some held-out pictures are training pictures of the others
-EXTRA = 163841  # a vertex that only the new person has
 
 
 def dense_solution(h, residual, rows, a, c=0.0, centre=0.0):
@@ -37,8 +36,7 @@ def dense_solution(h, residual, rows, a, c=0.0, centre=0.0):
     inputs, centre = np.c_[h, np.ones(len(h))], np.append(np.zeros(latent_dim) + centre, 1)
     system = np.kron(inputs.T @ inputs + c * np.outer(centre, centre), rows.T @ rows)
     system += a * np.diag(np.repeat([1.0, 0.0], [latent_dim * pca_dim, pca_dim]))
-    right = (inputs.T @ residual @ rows).ravel()
-    solution = np.linalg.lstsq(system, right, rcond=1e-13)[0].reshape(latent_dim + 1, pca_dim).T
+    solution = np.linalg.lstsq(system, (inputs.T @ residual @ rows).ravel(), rcond=1e-13)[0].reshape(-1, pca_dim).T
     return solution[:, :-1], solution[:, -1]
 
 
@@ -69,8 +67,7 @@ def fit(h, residual, rows):
 @pytest.mark.parametrize("n, n_vertices", [(14, 9), (4, 9), (14, 3)])
 @pytest.mark.parametrize("a, c", [(1e-3, 0), (0.1, 3), (np.inf, 20), (np.inf, np.inf)])
 def test_fit_is_the_dense_solution(n, n_vertices, a, c, monkeypatch):
-    """More pictures than latent units and fewer, missing vertices, fewer vertices than components; infinite penalties give
-    the group."""
+    """More pictures than latent units and fewer; fewer vertices than components; infinite penalties: the group."""
     monkeypatch.setattr(adapt, "PENALTIES", [a])
     monkeypatch.setattr(adapt, "MEAN_PENALTIES", [c])
     h, residual, rows = problem(0, n=n, n_vertices=n_vertices)
@@ -150,7 +147,7 @@ def person(tmp_path_factory):
         path = masks / f"{hemi}.all-vertices_fsaverage_space.npy"
         vertices = np.flatnonzero(np.load(path))
         keep = np.flatnonzero(np.arange(len(vertices)) % 5) if hemi == "rh" else np.r_[: len(vertices), 0]
-        kept = vertices[keep] if hemi == "rh" else [*vertices, EXTRA]
+        kept = vertices[keep] if hemi == "rh" else [*vertices, 163841]
         np.save(path, np.isin(np.arange(163842), kept).astype(int))
         for other in [*folder.rglob(f"{hemi}_*.npy"), *folder.rglob(f"{hemi}.*_challenge_space.npy")]:
             np.save(other, np.load(other)[..., keep])

@@ -7,9 +7,7 @@ _{lh,rh}.func.gii on fsaverage; fsaverage_{lh,rh}.npy (which vertices these are)
 with the same of every ROI's mean; pictures.csv. t is Welch's over pictures.
 """
 
-import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,8 +19,8 @@ from core.settings import run
 from core.space import HEMIS
 from predict import choose_checkpoints, load_encoder
 from tools.flatmap import FlatMap, fit_limits
-from tools.pictures import find_pictures, list_pictures, report, shown
-from tools.predict_pictures import choose_subjects, predict_batches, region_weights, save_gifti, save_map, save_vertices
+from tools.pictures import find_pictures, list_pictures, plural, predict_batches, report
+from tools.predict_pictures import choose_subjects, region_weights, save_gifti, save_map, save_vertices
 
 IMAGES_A: str = ""  # files, folders and globs, separated by commas
 IMAGES_B: str = ""  # the same of the condition that is subtracted
@@ -46,55 +44,49 @@ def compare(a, b):
     return {"difference": a.mean(0) - b.mean(0), "t": t, "mean_a": a.mean(0), "mean_b": b.mean(0), "p": p}
 
 
-def save_contrast(folder, flat, subject, activity, title):
-    """Arrays, GIFTI files and maps of one subject (an index; None: the group). activity: (n, n_vertices) of A and B."""
+def save_contrast(folder, flat, subject, maps):
+    """Arrays, GIFTI files and maps of one subject (an index; None: the group). maps: of compare(), all vertices."""
     space = flat.space
     folder.mkdir()
     save_vertices(folder, space, subject)
-    maps = compare(*activity)
-    p = maps.pop("p")[space.present(subject)]
-    if np.isfinite(p).any():
-        n = (false_discovery_control(p[np.isfinite(p)]) <= 0.05).sum()
-        print(f"{folder.name}: {n} of {len(p)} vertices differ at a false discovery rate of 5 %")
-    for name, values in maps.items():
-        values = np.where(space.present(subject), values, np.nan).astype(np.float32)
+    for name in ("difference", "t", "mean_a", "mean_b"):
+        values = np.where(space.present(subject), maps[name], np.nan).astype(np.float32)
         for hemi in HEMIS:
             np.save(folder / f"{name}_{hemi}.npy", values[space.columns(subject, hemi)])
         save_gifti(folder / name, space, {name: values})
         if name in ("difference", "t") and np.isfinite(values).any():
-            label = "t over pictures" if name == "t" else "difference of predicted activity (z)"
+            label = "t over pictures" if name == "t" else "A − B, predicted activity (z)"
             outlines = flat.outlines(OUTLINES, subject)
-            save_map(folder / f"{name}.png", flat, values, fit_limits([values]), label, outlines, title)
+            save_map(folder / f"{name}.png", flat, values, fit_limits([values]), label, outlines, folder.name)
 
 
 def main():
-    sides = [find_pictures(images, OUTPUT_DIR) for images in (IMAGES_A, IMAGES_B)]
+    paths = {"A": find_pictures(IMAGES_A, OUTPUT_DIR), "B": find_pictures(IMAGES_B, OUTPUT_DIR)}
     predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
-    subjects, failures = choose_subjects(SUBJECT, predictor), []
-    pictures, latents, tables = [], [], []
-    for name, paths in zip("AB", sides):
+    subjects, latents, rows, failures, tables = choose_subjects(SUBJECT, predictor), [], [], [], []
+    for condition in "AB":
         parts = []
-        for batch, h in predict_batches(predictor, paths, failures):
-            pictures.append(list_pictures(batch).assign(condition=name))
+        for pictures, h in predict_batches(predictor, paths[condition], failures):
+            rows += [{"condition": condition} | row for row in list_pictures(pictures)]
             parts.append(h)
-        latents.append([torch.cat(each) for each in zip(*parts)])
-    places = {"A": IMAGES_A, "B": IMAGES_B}  # a single folder or file names its condition
-    title = " − ".join(shown(Path(p).name) if os.path.exists(p) else letter for letter, p in places.items())
+        latents.append([torch.cat(h) for h in zip(*parts)])
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
         flat = FlatMap(predictor.space, FSAVERAGE_DIR)
-        for name, s in subjects.items():
-            activity = [predictor.decode(side, s).numpy() for side in latents]
-            table, weights = region_weights(predictor.space, s)
+        for name, subject in subjects.items():
+            activity = [predictor.decode(h, subject).numpy() for h in latents]
+            table, weights = region_weights(predictor.space, subject)
             tables.append(table.assign(subject=name, **compare(*(y @ weights.T for y in activity))))
-            save_contrast(folder / name, flat, s, activity, f"{name}: {title}")
+            maps = compare(*activity)
+            save_contrast(folder / name, flat, subject, maps)
+            p = maps["p"][predictor.space.present(subject)]
+            if np.isfinite(p).any():
+                n = (false_discovery_control(p[np.isfinite(p)]) <= 0.05).sum()
+                print(f"{name}: {n} of {len(p)} vertices differ at a false discovery rate of 5 %")
         pd.concat(tables).to_csv(folder / "rois.csv", index=False)
-        pictures = pd.concat(pictures)
-        pictures.drop(columns="picture").to_csv(folder / "pictures.csv", index=False)
-    print(f"wrote {OUTPUT_DIR}: {title}, {' and '.join(str(len(side[0])) for side in latents)} pictures")
-    print(
-        "t says how consistently pictures differ for the model; it needs two on either side and has no scanner noise."
-    )
-    report(pictures, failures)
+        pd.DataFrame(rows).drop(columns="picture").to_csv(folder / "pictures.csv", index=False)
+    print(f"wrote {OUTPUT_DIR}: A − B, {' and '.join(str(len(h[0])) for h in latents)} pictures")
+    print("t says how consistently pictures differ for the model; it has no scanner noise.")
+    report(rows, failures)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image, ImageOps
 
+from core.settings import progress
 from model import PICTURE_SIZE, UserError
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "PPM")
 HEIC = {".heic", ".heif", ".hif"}  # counted as pictures, so that they are listed as unreadable
-BIT_DEPTHS = (8, 10, 12, 14, 16)  # that occur in 16-bit files
+ENDINGS = {".jpg", ".jpeg", ".mpo", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"} | HEIC
 
 
 @dataclasses.dataclass
@@ -27,7 +26,7 @@ class Picture:
     image: np.ndarray  # (256, 256, 3) uint8
     width: int  # px, after rotation
     height: int
-    note: str  # what was done to it, or looks odd; mostly empty
+    note: str  # a warning, mostly empty
 
 
 def plural(n, singular):
@@ -40,34 +39,28 @@ def shown(path):
 
 
 def find_pictures(images, output_dir):
-    """Files, folders and globs, separated by commas -> [Path], each once. Raises UserError if there are none.
-
-    Folders are searched with their subfolders, linked ones too, but not OUTPUT_DIR.
-    """
-    Image.init()  # registers all formats
-    endings = HEIC | {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-    files, name = [], ""
-    for part in images.split(","):
-        name = f"{name},{part}" if name else part.strip()  # names may hold commas themselves
+    """Files, folders and globs, separated by commas -> [Path], each once. Raises UserError if there are none."""
+    files = []
+    for name in map(str.strip, images.split(",")):
         matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if not matches:
+            raise UserError(f'there is no file or folder "{shown(name)}".')
         for path in map(Path, matches):
             files += files_below(path, output_dir) if path.is_dir() else [path]
-        name = "" if matches else name
-    if name:
-        raise UserError(f"{shown(name.split(',')[0])} does not exist.")
     files = dict.fromkeys(files)  # without repetitions
-    pictures = [path for path in files if path.suffix.lower() in endings]
+    pictures = [path for path in files if path.suffix.lower() in ENDINGS]
     if len(files) > len(pictures):
         print(f"skipped {plural(len(files) - len(pictures), 'non-image file')}")
     if not pictures:
-        raise UserError(f"there are no pictures in {shown(images) or 'IMAGES, which is empty'}.")
+        raise UserError(f"there are no pictures in {shown(images)}.")
     return pictures
 
 
 def files_below(folder, output_dir):
-    visited, files = {os.path.realpath(output_dir)} - {os.path.realpath(folder)}, []
+    """Files in a folder and its subfolders, linked ones too, except hidden ones and those in OUTPUT_DIR."""
+    visited, files = {os.path.realpath(output_dir)}, []
     for root, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(root) in visited:  # links can lead round in a circle
+        if os.path.realpath(root) in visited:  # links can form a circle
             folders.clear()
             continue
         visited.add(os.path.realpath(root))
@@ -81,72 +74,84 @@ def read_picture(path):
     try:
         if Path(path).suffix.lower() in HEIC:
             raise ValueError("HEIC cannot be read, save it as JPEG")
-        Image.init()
-        with Image.open(path, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as file:
+        with Image.open(path) as file:
             is_deep = ";16" in str(file.tile)
-            picture, notes = ImageOps.exif_transpose(file), []
+            picture, note = ImageOps.exif_transpose(file), ""
         if picture.mode[0] in "IF":
-            picture, notes = to_8_bit(picture)
+            picture, note = to_8_bit(picture)
         elif is_deep and np.max(picture) < 64:  # Pillow keeps the upper 8 of 16 bits
             raise ValueError("its values fill few of its 16 bits, save it with 8 bits per colour")
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        notes += ["centre-cropped to a square"] * (left + top > 0)
-        square = picture.convert("RGB").crop((left, top, left + side, top + side))
-        square = square.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
-        return Picture(Path(path), np.asarray(square), *picture.size, "; ".join(notes))
+        square = ImageOps.fit(picture.convert("RGB"), (PICTURE_SIZE, PICTURE_SIZE))
+        return Picture(Path(path), np.asarray(square), *picture.size, note)
     except Exception as error:  # decoders raise all kinds
         raise UserError(f"{shown(path)}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def to_8_bit(picture):
-    """16-bit grey -> 8-bit grey, and a note where the values fill fewer bits and are scaled up accordingly."""
+    """16-bit grey -> 8-bit grey, and a warning where the values fill only 8 or 12 bits and are scaled accordingly."""
     values = np.asarray(picture)
     if picture.mode == "F" or values.min() < 0 or values.max() >= 2**16:
-        raise ValueError("its values are not 8 or 16 bits deep")
-    bits = next(depth for depth in BIT_DEPTHS if values.max() < 2**depth)
-    notes = [f"warning: the largest value is {values.max()}, read as {bits} bits"] if bits < 16 else []
-    return Image.fromarray((values >> (bits - 8)).astype(np.uint8)), notes
+        raise ValueError("its values are not 8, 12 or 16 bits deep")
+    bits = next(bits for bits in (8, 12, 16) if values.max() < 2**bits)
+    note = f"the largest value is {values.max()}, read as {bits} bits" if bits < 16 else ""
+    return Image.fromarray((values >> (bits - 8)).astype(np.uint8)), note
 
 
 def read_batches(paths, batch_size, failures):
-    """Yields [Picture] of the readable files, batch by batch; what is wrong with others is appended to failures.
+    """Yields [Picture] of the readable files, batch by batch; error messages of the others are appended to failures.
 
-    Threads decode the next batch while the caller works on this one. Raises UserError if none can be read.
+    Raises UserError if none can be read.
     """
-    n_before = len(failures)
+    n_read = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        coming = [pool.submit(read_picture, path) for path in paths[:batch_size]]
-        for start in range(batch_size, len(paths) + batch_size, batch_size):
-            batch = coming
-            errors = [str(future.exception()) for future in batch if future.exception()]
-            coming = [pool.submit(read_picture, path) for path in paths[start : start + batch_size]]
-            failures += errors
-            if len(errors) < len(batch):
-                yield [future.result() for future in batch if not future.exception()]
-    if len(failures) - n_before == len(paths):
+        for start in range(0, len(paths), batch_size):
+            futures = [pool.submit(read_picture, path) for path in paths[start : start + batch_size]]
+            failures += [str(future.exception()) for future in futures if future.exception()]
+            batch = [future.result() for future in futures if not future.exception()]
+            n_read += len(batch)
+            if batch:
+                yield batch
+    if not n_read:
         raise UserError("none of the pictures could be read:\n" + "\n".join(failures[:20]))
 
 
+def predict_batches(predictor, paths, failures):
+    """Yields [Picture] and their latents, batch by batch; see read_batches(). While the caller works, threads read
+    files and run the trunk ahead."""
+    with progress(total=len(paths), desc="predicting", unit="picture") as bar:
+        batches = ahead(read_batches(paths, predictor.batch_size, failures))
+        yield from ahead((batch, predictor.latents(np.stack([p.image for p in batch]), bar.update)) for batch in batches)
+
+
+def ahead(items):
+    """Yields the items of a generator; a thread computes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while item := coming.result():
+            coming = thread.submit(next, items, None)
+            yield item
+
+
 def list_pictures(pictures, first=0):
-    """[Picture] -> rows of pictures.csv: a name that can serve in file names, whatever the file is called, size, note."""
-    table = pd.DataFrame([vars(picture) for picture in pictures]).drop(columns=["image", "path"])
-    stems = [re.sub(r"[^A-Za-z0-9-]+", "_", picture.path.stem)[:60] for picture in pictures]
-    table.insert(0, "picture", [f"{row:03d}_{stem}" for row, stem in enumerate(stems, first)])
-    table.insert(1, "file", [shown(picture.path) for picture in pictures])
-    return table
+    """[Picture] -> rows of pictures.csv. picture: a name that can serve in file names, whatever the file is called."""
+    rows = []
+    for row, picture in enumerate(pictures, first):
+        stem = re.sub(r"[^A-Za-z0-9-]+", "_", picture.path.stem)[:60]
+        size = {"width": picture.width, "height": picture.height}
+        rows.append({"picture": f"{row:03d}_{stem}", "file": shown(picture.path), **size, "note": picture.note})
+    return rows
 
 
-def report(pictures, failures):
-    """Print the notes of list_pictures(). Raises UserError, when all else is done, if files could not be read."""
-    noted = pictures[pictures.note != ""]
-    for row in noted.head(5).itertuples():
-        print(f"{row.file}: {row.width} x {row.height} px, {row.note}")
-    if len(noted) > 5:
-        print(f"… pictures.csv has notes on {len(noted)} pictures")
+def report(rows, failures):
+    """Print warnings of list_pictures(). Raises UserError, when all else is done, if files could not be read."""
+    n_cropped = sum(row["width"] != row["height"] for row in rows)
+    if n_cropped:
+        print(f"{plural(n_cropped, 'picture')} cropped to the centred square")
+    for row in [row for row in rows if row["note"]][:20]:
+        print(f"warning: {row['file']}: {row['note']}")
     if failures:
-        listed = "\n".join(failures[:20] + ["…"] * (len(failures) > 20))
+        listed = "\n".join(failures)
         raise UserError(f"{plural(len(failures), 'picture')} could not be read and had to be skipped:\n{listed}")

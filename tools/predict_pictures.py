@@ -2,15 +2,12 @@
 
 OUTPUT_DIR gets
 
-    pictures.csv                  the rows of the arrays: name, file, width and height in px, note
+    pictures.csv                  the rows of the arrays: name, file, width and height in px, warnings
     subj01/activity_{lh,rh}.npy   (n_pictures, n_vertices of that hemisphere) float32, z-scores, the challenge's order
     subj01/fsaverage_{lh,rh}.npy  (n_vertices,) which vertices of fsaverage these are
     rois.csv                      means over every ROI: both hemispheres, left, right
     subj01/000_photo.png, 000_photo_{lh,rh}.func.gii   for up to MAPS pictures: flat map; activity on fsaverage
 """
-
-import textwrap
-from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,11 +15,11 @@ import pandas as pd
 from nibabel import gifti
 
 from core.files import output_folder
-from core.settings import progress, run
+from core.settings import run
 from core.space import HEMIS, N_FSAVERAGE
 from predict import choose_checkpoints, load_encoder
 from tools.flatmap import FlatMap, describe_maps, fit_limits, save_figure
-from tools.pictures import find_pictures, list_pictures, plural, read_batches, report
+from tools.pictures import find_pictures, list_pictures, plural, predict_batches, report
 from tools.vertices import roi_masks
 
 IMAGES: str = ""  # files, folders and globs, separated by commas
@@ -45,29 +42,12 @@ def choose_subjects(names, predictor):
     return {name: predictor.index(name) for name in names}
 
 
-def predict_batches(predictor, paths, failures):
-    """Yields [Picture] and their latents, batch by batch; files that cannot be read are added to failures. Meanwhile
-    threads decode files and run the trunk on the next batch."""
-    with ThreadPoolExecutor(1) as thread, progress(total=len(paths), desc="predicting", unit="picture") as bar:
-        batches = read_batches(paths, predictor.batch_size, failures)
-
-        def next_batch():
-            pictures = next(batches, None)
-            return pictures and (pictures, predictor.latents(np.stack([p.image for p in pictures]), bar.update))
-
-        coming = thread.submit(next_batch)
-        while batch := coming.result():
-            coming = thread.submit(next_batch)
-            yield batch
-
-
 def region_weights(space, subject):
     """ROIs of a subject (an index; None: the group) -> table (roi_group, roi, hemisphere, n_vertices), and weights (n,
     n_vertices) of the mean over each."""
     left, rows, weights = np.arange(space.n_vertices) < space.n_lh, [], []
     for names, region in roi_masks(space, subject).items():
-        for hemi, side in (("both", True), ("lh", left), ("rh", ~left)):
-            part = region & side
+        for hemi, part in (("both", region), ("lh", region & left), ("rh", region & ~left)):
             if part.any():
                 rows.append((*names, hemi, part.sum()))
                 weights.append(part / part.sum())
@@ -104,70 +84,59 @@ def save_map(path, flat, values, limits, label, outlines, title, image=None):
         axes[0].set_axis_off()
     mesh = flat.draw(axes[-1], values, limits, "RdBu_r", outlines, named=True)
     describe_maps(figure, [mesh], [axes[-1]], label, outlines)
-    figure.suptitle(textwrap.shorten(title, 70), fontsize=10, parse_math=False)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     save_figure(figure, path)
 
 
-class Output:
-    """The files of one subject (a name) for at most n_pictures."""
+def save_activity(folder, first, names, activity, space, subject, regions):
+    """Pictures' activity (n, n_vertices) -> rows from first on of a subject's arrays, and rows of rois.csv."""
+    for hemi in HEMIS:
+        array = np.load(folder / f"activity_{hemi}.npy", mmap_mode="r+")
+        array[first : first + len(names)] = activity[:, space.columns(subject, hemi)]
+    table, weights = regions
+    means = zip(names, activity @ weights.T)
+    tables = {(name, folder.name): table.assign(mean=mean) for name, mean in means}
+    table, path = pd.concat(tables, names=["picture", "subject"]).droplevel(2), folder.parent / "rois.csv"
+    table.to_csv(path, mode="a", header=not path.exists(), float_format="%.7g")
 
-    def __init__(self, folder, predictor, name, n_pictures):
-        self.folder, self.predictor, self.name, self.subject = folder / name, predictor, name, predictor.index(name)
-        self.folder.mkdir()
-        save_vertices(self.folder, predictor.space, self.subject)
-        self.table, self.weights = region_weights(predictor.space, self.subject)
-        self.arrays = {self.folder / f"activity_{h}.npy": predictor.space.columns(self.subject, h) for h in HEMIS}
-        for path, columns in self.arrays.items():
-            np.lib.format.open_memmap(path, "w+", "<f4", (n_pictures, len(columns)))
 
-    def write(self, first, names, latents):
-        """Rows of all files from row first on -> activity (n, n_vertices), NaN where the subject has no vertex."""
-        activity, space = self.predictor.decode(latents, self.subject).numpy(), self.predictor.space
-        for path, columns in self.arrays.items():
-            np.lib.format.open_memmap(path, "r+")[first : first + len(names)] = activity[:, columns]
-        means = zip(names, activity @ self.weights.T)
-        tables = {(name, self.name): self.table.assign(mean=mean) for name, mean in means}
-        table, path = pd.concat(tables, names=["picture", "subject"]).droplevel(2), self.folder.parent / "rois.csv"
-        table.to_csv(path, mode="a", header=not path.exists(), float_format="%.7g")
-        return np.where(space.present(self.subject), activity, np.float32(np.nan))
-
-    def draw(self, names, images, activity):
-        """Maps on one colour scale, and GIFTI files."""
-        flat, label = FlatMap(self.predictor.space, FSAVERAGE_DIR), "predicted activity (z)"
-        limits, outlines = fit_limits([activity]), flat.outlines(OUTLINES, self.subject)
-        for name, image, values in zip(names, images, activity):
-            path, title = self.folder / f"{name}.png", f"{name}, {self.name}"
-            save_map(path, flat, values, limits, label, outlines, title, image)
-            save_gifti(self.folder / name, self.predictor.space, {label: values})
-
-    def close(self, n_pictures):
-        """Cut the arrays to the pictures that could be read. The header keeps its length: numpy pads it."""
-        for path, columns in self.arrays.items():
-            with open(path, "r+b") as file:
-                shape = (n_pictures, len(columns))
-                np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-                file.truncate(file.tell() + 4 * n_pictures * len(columns))
+def draw_activity(folder, names, pictures, activity, flat, outlines):
+    """Maps with one colour scale, and GIFTI files. activity (n, n_vertices): NaN where the subject has no vertex."""
+    limits, label = fit_limits([activity]), "predicted activity (z)"
+    for name, picture, values in zip(names, pictures, activity):
+        title = f"{name}, {folder.name}"
+        save_map(folder / f"{name}.png", flat, values, limits, label, outlines, title, picture.image)
+        save_gifti(folder / name, flat.space, {label: values})
 
 
 def main():
-    paths, failures, tables, n = find_pictures(IMAGES, OUTPUT_DIR), [], [], 0
+    paths, failures, rows = find_pictures(IMAGES, OUTPUT_DIR), [], []
     predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
-    subjects = choose_subjects(SUBJECT, predictor)
+    space, subjects = predictor.space, choose_subjects(SUBJECT, predictor)
+    flat, regions = FlatMap(space, FSAVERAGE_DIR), {name: region_weights(space, s) for name, s in subjects.items()}
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
-        outputs = [Output(folder, predictor, name, len(paths)) for name in subjects]
+        for name, subject in subjects.items():
+            (folder / name).mkdir()
+            save_vertices(folder / name, space, subject)
+            for hemi in HEMIS:
+                shape = len(paths), len(space.columns(subject, hemi))
+                np.lib.format.open_memmap(folder / name / f"activity_{hemi}.npy", "w+", "<f4", shape)
         for pictures, latents in predict_batches(predictor, paths, failures):
-            tables.append(list_pictures(pictures, n))
-            for output in outputs:
-                activity = output.write(n, tables[-1].picture, latents)
+            batch = list_pictures(pictures, len(rows))
+            names = [row["picture"] for row in batch]
+            for name, subject in subjects.items():
+                activity = predictor.decode(latents, subject).numpy()
+                save_activity(folder / name, len(rows), names, activity, space, subject, regions[name])
                 if len(paths) <= MAPS:
-                    output.draw(tables[-1].picture, [p.image for p in pictures], activity)
-            n += len(pictures)
-        for output in outputs:
-            output.close(n)
-        table = pd.concat(tables, ignore_index=True)
-        table.to_csv(folder / "pictures.csv", index_label="row")
-    print(f"wrote {OUTPUT_DIR}: {plural(n, 'picture')} for {', '.join(subjects)}")
-    report(table, failures)
+                    activity[:, ~space.present(subject)] = np.nan
+                    draw_activity(folder / name, names, pictures, activity, flat, flat.outlines(OUTLINES, subject))
+            rows += batch
+        for path in folder.glob("*/activity_*.npy") if failures else ():  # fewer rows than expected
+            np.save(folder / "cut.npy", np.load(path, mmap_mode="r")[: len(rows)])
+            (folder / "cut.npy").replace(path)
+        pd.DataFrame(rows).to_csv(folder / "pictures.csv", index_label="row")
+    print(f"wrote {OUTPUT_DIR}: {plural(len(rows), 'picture')} for {', '.join(subjects)}")
+    report(rows, failures)
 
 
 if __name__ == "__main__":
