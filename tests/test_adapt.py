@@ -41,7 +41,7 @@ def dense_solution(h, residual, rows, a, c=0.0, centre=0.0):
 
 
 def problem(seed, n=14, n_vertices=9, level=1.0):
-    """h (n, 5), residual, E (n_vertices, 4). With 9 of 40 vertices E's columns are far from orthonormal, with 3 they are
+    """h (n, 5), residual, E (n_vertices, 4). With 9 of 40 vertices E's columns are far from orthonormal, with 3
     dependent. level: what remains of the mean."""
     rng = np.random.default_rng(seed)
     rows = np.linalg.qr(rng.standard_normal((40, 4)))[0][:n_vertices]

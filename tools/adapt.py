@@ -52,8 +52,8 @@ N_FOLDS = 10
 
 
 def decompose(rows):
-    """E (n_vertices, pca_dim) -> g (rank,), U / sqrt(g) (pca_dim, rank), float64. E'E = U diag(g) U' is the identity if no
-    vertices are missing. y E U / sqrt(g) are coordinates of y's part in the span of E, orthonormal."""
+    """E (n_vertices, pca_dim) -> g (rank,), U / sqrt(g) (pca_dim, rank), float64, where E'E = U diag(g) U', the
+    identity if no vertices are missing. y E U / sqrt(g) are orthonormal coordinates of y's part in the span of E."""
     gains, vectors = torch.linalg.eigh((rows.T @ rows).double())
     kept = gains > 1e-6 * gains.max()
     return gains[kept], vectors[:, kept] / gains[kept].sqrt()

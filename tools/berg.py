@@ -27,14 +27,14 @@ class EncodingModel(BaseModelInterface):
         self.subject, self.selection, self.device, self.berg_dir = subject, selection or {}, device, berg_dir
 
     def load_model(self, device=None):
-        self.model = load_encoder(Path(self.berg_dir) / self.CHECKPOINT, device or self.device)
-        masks = [np.asarray(self.selection.get(f"{hemi}_vertices", np.ones(N_FSAVERAGE))) for hemi in HEMIS]
-        self.chosen = dict(zip(HEMIS, map(np.flatnonzero, masks)))
+        self.model, self.chosen = load_encoder(Path(self.berg_dir) / self.CHECKPOINT, device or self.device), {}
+        for hemi in HEMIS:
+            self.chosen[hemi] = np.flatnonzero(self.selection.get(f"{hemi}_vertices", np.ones(N_FSAVERAGE)))
         if self.selection.get("roi"):
             self.chosen = rois_on_fsaverage(self.model.space, self.subject)[self.selection["roi"]]
 
     def generate_response(self, stimulus, show_progress=True):
-        """stimulus (n, 3, size, size) uint8 -> lh, rh (n, n_selected of 163842) float32, NaN where nothing is predicted."""
+        """stimulus (n, 3, size, size) uint8 -> lh, rh (n, n_selected) float32, NaN where nothing is predicted."""
         size = (PICTURE_SIZE, PICTURE_SIZE)
         images = [Image.fromarray(x).resize(size, Image.Resampling.BICUBIC) for x in stimulus.transpose(0, 2, 3, 1)]
         activity = self.model.predict(np.stack(images), f"subj{self.subject:02d}").to_fsaverage()
@@ -62,5 +62,5 @@ def rois_on_fsaverage(space, subject):
     index, rois = space.subjects.index(f"subj{subject:02d}"), {}
     for (_, roi), region in reversed(roi_masks(space, index).items()):
         columns = {hemi: space.columns(index, hemi) for hemi in HEMIS}
-        rois[roi] = {hemi: space.vertices.numpy()[own[region[own]]] for hemi, own in columns.items()}
+        rois[roi] = {hemi: space.vertices.numpy()[c[region[c]]] for hemi, c in columns.items()}
     return rois

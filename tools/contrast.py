@@ -1,13 +1,13 @@
-"""A localiser without a scanner: predicted activity of pictures A minus pictures B.
+"""A localiser without a scanner: predicted activity of pictures A minus pictures B (docs/pictures.md).
 
     python -m tools.contrast --images_a faces/ --images_b places/
 
-OUTPUT_DIR gets per subject difference, t, mean_a and mean_b, as _{lh,rh}.npy in the challenge's order and as
-_{lh,rh}.func.gii on fsaverage; fsaverage_{lh,rh}.npy (which vertices these are); maps difference.png and t.png; rois.csv
-with the same of every ROI's mean; pictures.csv. t is Welch's over pictures.
+OUTPUT_DIR gets per subject difference, t (Welch's, over pictures), mean_a and mean_b as arrays, GIFTI files and maps.
 """
 
+import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from core.settings import run
 from core.space import HEMIS
 from predict import choose_checkpoints, load_encoder
 from tools.flatmap import FlatMap, fit_limits
-from tools.pictures import find_pictures, list_pictures, plural, predict_batches, report
+from tools.pictures import find_pictures, list_pictures, predict_batches, report, shown
 from tools.predict_pictures import choose_subjects, region_weights, save_gifti, save_map, save_vertices
 
 IMAGES_A: str = ""  # files, folders and globs, separated by commas
@@ -44,7 +44,7 @@ def compare(a, b):
     return {"difference": a.mean(0) - b.mean(0), "t": t, "mean_a": a.mean(0), "mean_b": b.mean(0), "p": p}
 
 
-def save_contrast(folder, flat, subject, maps):
+def save_contrast(folder, flat, subject, maps, title):
     """Arrays, GIFTI files and maps of one subject (an index; None: the group). maps: of compare(), all vertices."""
     space = flat.space
     folder.mkdir()
@@ -55,9 +55,9 @@ def save_contrast(folder, flat, subject, maps):
             np.save(folder / f"{name}_{hemi}.npy", values[space.columns(subject, hemi)])
         save_gifti(folder / name, space, {name: values})
         if name in ("difference", "t") and np.isfinite(values).any():
-            label = "t over pictures" if name == "t" else "A − B, predicted activity (z)"
+            label = "t over pictures" if name == "t" else "difference of predicted activity (z)"
             outlines = flat.outlines(OUTLINES, subject)
-            save_map(folder / f"{name}.png", flat, values, fit_limits([values]), label, outlines, folder.name)
+            save_map(folder / f"{name}.png", flat, values, fit_limits([values]), label, outlines, title)
 
 
 def main():
@@ -70,6 +70,8 @@ def main():
             rows += [{"condition": condition} | row for row in list_pictures(pictures)]
             parts.append(h)
         latents.append([torch.cat(h) for h in zip(*parts)])
+    conditions = {"A": IMAGES_A, "B": IMAGES_B}  # a single folder or file names its condition
+    title = " − ".join(shown(Path(p).name) if os.path.exists(p) else letter for letter, p in conditions.items())
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
         flat = FlatMap(predictor.space, FSAVERAGE_DIR)
         for name, subject in subjects.items():
@@ -77,14 +79,13 @@ def main():
             table, weights = region_weights(predictor.space, subject)
             tables.append(table.assign(subject=name, **compare(*(y @ weights.T for y in activity))))
             maps = compare(*activity)
-            save_contrast(folder / name, flat, subject, maps)
-            p = maps["p"][predictor.space.present(subject)]
-            if np.isfinite(p).any():
-                n = (false_discovery_control(p[np.isfinite(p)]) <= 0.05).sum()
-                print(f"{name}: {n} of {len(p)} vertices differ at a false discovery rate of 5 %")
+            save_contrast(folder / name, flat, subject, maps, f"{name}: {title}")
+            p = maps["p"][predictor.space.present(subject) & np.isfinite(maps["p"])]
+            n = (false_discovery_control(p) <= 0.05).sum()
+            print(f"{name}: {n} of {len(p)} tested vertices differ at a false discovery rate of 5 %")
         pd.concat(tables).to_csv(folder / "rois.csv", index=False)
         pd.DataFrame(rows).drop(columns="picture").to_csv(folder / "pictures.csv", index=False)
-    print(f"wrote {OUTPUT_DIR}: A − B, {' and '.join(str(len(h[0])) for h in latents)} pictures")
+    print(f"wrote {OUTPUT_DIR}: {title}, {' and '.join(str(len(h[0])) for h in latents)} pictures")
     print("t says how consistently pictures differ for the model; it has no scanner noise.")
     report(rows, failures)
 

@@ -40,14 +40,13 @@ def shown(path):
 
 def find_pictures(images, output_dir):
     """Files, folders and globs, separated by commas -> [Path], each once. Raises UserError if there are none."""
-    files = []
+    files = {}  # in order, without repetitions
     for name in map(str.strip, images.split(",")):
         matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         if not matches:
             raise UserError(f'there is no file or folder "{shown(name)}".')
         for path in map(Path, matches):
-            files += files_below(path, output_dir) if path.is_dir() else [path]
-    files = dict.fromkeys(files)  # without repetitions
+            files |= dict.fromkeys(files_below(path, output_dir) if path.is_dir() else [path])
     pictures = [path for path in files if path.suffix.lower() in ENDINGS]
     if len(files) > len(pictures):
         print(f"skipped {plural(len(files) - len(pictures), 'non-image file')}")
@@ -101,21 +100,18 @@ def to_8_bit(picture):
 
 
 def read_batches(paths, batch_size, failures):
-    """Yields [Picture] of the readable files, batch by batch; error messages of the others are appended to failures.
-
-    Raises UserError if none can be read.
-    """
-    n_read = 0
+    """Yields [Picture] of the readable files; errors of the others are appended to failures. UserError if none is."""
+    readable = False
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), batch_size):
             futures = [pool.submit(read_picture, path) for path in paths[start : start + batch_size]]
             failures += [str(future.exception()) for future in futures if future.exception()]
             batch = [future.result() for future in futures if not future.exception()]
-            n_read += len(batch)
             if batch:
+                readable = True
                 yield batch
-    if not n_read:
-        raise UserError("none of the pictures could be read:\n" + "\n".join(failures[:20]))
+    if not readable:
+        raise UserError("\n".join(["none of the pictures could be read:", *failures]))
 
 
 def predict_batches(predictor, paths, failures):
@@ -123,7 +119,9 @@ def predict_batches(predictor, paths, failures):
     files and run the trunk ahead."""
     with progress(total=len(paths), desc="predicting", unit="picture") as bar:
         batches = ahead(read_batches(paths, predictor.batch_size, failures))
-        yield from ahead((batch, predictor.latents(np.stack([p.image for p in batch]), bar.update)) for batch in batches)
+        yield from ahead(
+            (batch, predictor.latents(np.stack([p.image for p in batch]), bar.update)) for batch in batches
+        )
 
 
 def ahead(items):
@@ -147,11 +145,9 @@ def list_pictures(pictures, first=0):
 
 def report(rows, failures):
     """Print warnings of list_pictures(). Raises UserError, when all else is done, if files could not be read."""
-    n_cropped = sum(row["width"] != row["height"] for row in rows)
-    if n_cropped:
-        print(f"{plural(n_cropped, 'picture')} cropped to the centred square")
-    for row in [row for row in rows if row["note"]][:20]:
-        print(f"warning: {row['file']}: {row['note']}")
+    for row in rows:
+        if row["note"]:
+            print(f"warning: {row['file']}: {row['note']}")
     if failures:
-        listed = "\n".join(failures)
-        raise UserError(f"{plural(len(failures), 'picture')} could not be read and had to be skipped:\n{listed}")
+        count = plural(len(failures), "picture")
+        raise UserError("\n".join([f"{count} could not be read and had to be skipped:", *failures]))

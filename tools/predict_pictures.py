@@ -1,12 +1,6 @@
 """Predict activity for your own pictures. python -m tools.predict_pictures --images photo.jpg --subject subj01,group
 
-OUTPUT_DIR gets
-
-    pictures.csv                  the rows of the arrays: name, file, width and height in px, warnings
-    subj01/activity_{lh,rh}.npy   (n_pictures, n_vertices of that hemisphere) float32, z-scores, the challenge's order
-    subj01/fsaverage_{lh,rh}.npy  (n_vertices,) which vertices of fsaverage these are
-    rois.csv                      means over every ROI: both hemispheres, left, right
-    subj01/000_photo.png, 000_photo_{lh,rh}.func.gii   for up to MAPS pictures: flat map; activity on fsaverage
+OUTPUT_DIR gets the predicted activity, ROI means, maps and GIFTI files that docs/pictures.md describes.
 """
 
 import matplotlib.pyplot as plt
@@ -94,14 +88,13 @@ def save_activity(folder, first, names, activity, space, subject, regions):
         array = np.load(folder / f"activity_{hemi}.npy", mmap_mode="r+")
         array[first : first + len(names)] = activity[:, space.columns(subject, hemi)]
     table, weights = regions
-    means = zip(names, activity @ weights.T)
-    tables = {(name, folder.name): table.assign(mean=mean) for name, mean in means}
+    tables = {(name, folder.name): table.assign(mean=mean) for name, mean in zip(names, activity @ weights.T)}
     table, path = pd.concat(tables, names=["picture", "subject"]).droplevel(2), folder.parent / "rois.csv"
     table.to_csv(path, mode="a", header=not path.exists(), float_format="%.7g")
 
 
 def draw_activity(folder, names, pictures, activity, flat, outlines):
-    """Maps with one colour scale, and GIFTI files. activity (n, n_vertices): NaN where the subject has no vertex."""
+    """Maps on one colour scale, and GIFTI files. activity (n, n_vertices): NaN where the subject has no vertex."""
     limits, label = fit_limits([activity]), "predicted activity (z)"
     for name, picture, values in zip(names, pictures, activity):
         title = f"{name}, {folder.name}"
@@ -113,7 +106,8 @@ def main():
     paths, failures, rows = find_pictures(IMAGES, OUTPUT_DIR), [], []
     predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
     space, subjects = predictor.space, choose_subjects(SUBJECT, predictor)
-    flat, regions = FlatMap(space, FSAVERAGE_DIR), {name: region_weights(space, s) for name, s in subjects.items()}
+    flat = FlatMap(space, FSAVERAGE_DIR) if len(paths) <= MAPS else None
+    regions = {name: region_weights(space, subject) for name, subject in subjects.items()}
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
         for name, subject in subjects.items():
             (folder / name).mkdir()
@@ -127,7 +121,7 @@ def main():
             for name, subject in subjects.items():
                 activity = predictor.decode(latents, subject).numpy()
                 save_activity(folder / name, len(rows), names, activity, space, subject, regions[name])
-                if len(paths) <= MAPS:
+                if flat:
                     activity[:, ~space.present(subject)] = np.nan
                     draw_activity(folder / name, names, pictures, activity, flat, flat.outlines(OUTLINES, subject))
             rows += batch
