@@ -1,5 +1,6 @@
 """Many heads on one trunk, the search, and the comparison of trunks."""
 
+import copy
 import json
 import shlex
 import signal
@@ -73,22 +74,27 @@ def assert_same_head(path, other):
     assert_equal(*(load_checkpoint(p)[0].head.state_dict() for p in (path, other)))
 
 
+def new_learners(fitted, different):
+    """A learner for each dict of constants, and data, PCA and constants for training.Run."""
+    shared = constants(vars(train_head)) | TRAINING | dict(DATA_DIR=fitted, STEPS=11, VALIDATE_EVERY=4, WARMUP_STEPS=2)
+    settings = [shared | own for own in different]
+    data = prepare_data.load(fitted)
+    pca = fit_pca.load(fitted, data)
+    trunk = Trunk(TINY, "0,1,2", image_size=28, pretrained=False, seed=7)
+    device = torch.device("cpu"), torch.float32
+    learners = [train_head.new_learner(trunk, s, f"{i}.pt", data, pca, *device) for i, s in enumerate(settings)]
+    return learners, data, pca, settings
+
+
 def test_heads_together_end_as_each_alone(fitted, tmp_path):
     """Bit for bit, whatever they differ in."""
-    shared = constants(vars(train_head)) | TRAINING | dict(DATA_DIR=fitted, STEPS=11, VALIDATE_EVERY=4, WARMUP_STEPS=2)
-    differing = [
+    different = [
         dict(LEARNING_RATE=0.01, LAYERS="0,2", FEATURE_DROPOUT=0.3, LATENT_DIM=16),
         dict(LEARNING_RATE=0.03, LAYERS="1", FEATURE_DROPOUT=0.0, LATENT_DIM=8, PCA_DIM=10),
         dict(LEARNING_RATE=0.02, LAYERS="1,2", LATENT_DIM=16, WEIGHT_DECAY=0.3, BETAS=(0.8, 0.9)),
     ]
-    settings = [shared | own | dict(RUN_DIR=str(tmp_path / "together")) for own in differing]
-    data = prepare_data.load(fitted)
-    pca = fit_pca.load(fitted, data)
-    trunk = Trunk(TINY, "0,1,2", image_size=28, pretrained=False, seed=7)
-    learners = [
-        train_head.new_learner(trunk, s, f"{i}.pt", data, pca, torch.device("cpu"), torch.float32)
-        for i, s in enumerate(settings)
-    ]
+    different = [own | dict(RUN_DIR=str(tmp_path / "together")) for own in different]
+    learners, data, pca, settings = new_learners(fitted, different)
     training.Run("together", learners, data, pca, settings[0]).run()
     for i, own in enumerate(settings):
         run_stage(train_head, **own | dict(RUN_DIR=str(tmp_path / f"alone_{i}")))
@@ -118,7 +124,6 @@ def assert_is_best(folder, fitted, tmp_path):
     values |= TRAINING | dict(STEPS=12, VALIDATE_EVERY=6, DATA_DIR=fitted, RUN_DIR=tmp_path / "single")
     run_stage(train_head, **values)
     assert_same_head(tmp_path / "single/head.pt", folder / "head.pt")
-    assert load_checkpoint(tmp_path / "single/head.pt")[2]["step"] == info["step"]
     return best
 
 
@@ -160,6 +165,23 @@ def test_search(fitted, tmp_path, capsys, monkeypatch):
     run_stage(search, **settings | dict(STEPS=13), RUN_DIR=folder, TRIALS=2, OVERWRITE=True)
     assert len(trials_of(folder)) == 2
     assert load_checkpoint(folder / "head.pt")[2]["made_with"]["STEPS"] == 13
+
+
+def test_head_of_the_best_validation(fitted, tmp_path, monkeypatch):
+    """Is written, not that of the last; later steps do not change it."""
+    [learner], *rest, [settings] = new_learners(fitted, [dict(RUN_DIR=str(tmp_path), LAYERS="1", LATENT_DIM=8)])
+    scores, states = [0.1, 0.3, 0.2, 0.1], []
+
+    def validate(encoders, *_):
+        states.append(copy.deepcopy(encoders[0].head.state_dict()))
+        return [{"val_loss": 1.0, "val_r2": scores[len(states) - 1]}]
+
+    monkeypatch.setattr(training, "validate", validate)
+    search.Round("search", [learner], *rest, settings).run()
+    search.write_head(tmp_path / "head.pt", learner, rest[0])
+    encoder, _, info = load_checkpoint(tmp_path / "head.pt")
+    assert len(states) == 4 and info["step"] == 4 and info["scores"]["val_r2"] == 0.3
+    assert_equal(dict(encoder.head.state_dict()), dict(states[1]))
 
 
 def test_processes_share_a_study_and_a_killed_round_does_not_count(fitted, tmp_path):

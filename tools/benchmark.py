@@ -438,10 +438,11 @@ def compare(bench, stage, needs="", longer="", limit=""):
 CHECKS = {
     "gpu": {
         "numbers": check_numbers, "float16": check_float16, "loader": check_loader, "runs": check_runs,
-        "PCA": check_pca, "heads": check_heads, "own pictures": check_pictures,
         "phase 1": partial(check_phase, stage=train_head), "phase 2": partial(check_phase, stage=finetune),
+        "heads": check_heads, "own pictures": check_pictures,
         "phase 1, compiled": partial(check_phase, stage=train_head, compiled=True),
-        "phase 2, compiled": partial(check_phase, stage=finetune, compiled=True), "headline": check_headline,
+        "phase 2, compiled": partial(check_phase, stage=finetune, compiled=True),
+        "headline": check_headline, "PCA": check_pca,
     },
     "run": {"full run": check_run},
     "prepare": {"preparation": partial(compare, stage="prepare", limit="≤ 1")},

@@ -61,6 +61,6 @@ def rois_on_fsaverage(space, subject):
     """{ROI: {hemi: vertices of fsaverage}} of subject 1 to 8."""
     index, rois = space.subjects.index(f"subj{subject:02d}"), {}
     for (_, roi), region in reversed(roi_masks(space, index).items()):
-        columns = {hemi: space.columns(index, hemi) for hemi in HEMIS}
-        rois[roi] = {hemi: space.vertices.numpy()[c[region[c]]] for hemi, c in columns.items()}
+        columns = {hemi: np.intersect1d(space.columns(index, hemi), np.flatnonzero(region)) for hemi in HEMIS}
+        rois[roi] = {hemi: space.vertices.numpy()[columns[hemi]] for hemi in HEMIS}
     return rois

@@ -20,7 +20,7 @@ from core.space import HEMIS
 from predict import choose_checkpoints, load_encoder
 from tools.flatmap import FlatMap, fit_limits
 from tools.pictures import find_pictures, list_pictures, predict_batches, report, shown
-from tools.predict_pictures import choose_subjects, region_weights, save_gifti, save_map, save_vertices
+from tools.predict_pictures import average_rois, choose_subjects, save_gifti, save_map, save_vertices
 
 IMAGES_A: str = ""  # files, folders and globs, separated by commas
 IMAGES_B: str = ""  # the same of the condition that is subtracted
@@ -41,7 +41,8 @@ def compare(a, b):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scipy warns of single and of equal pictures
         t, p = ttest_ind(a, b, equal_var=False)
-    return {"difference": a.mean(0) - b.mean(0), "t": t, "mean_a": a.mean(0), "mean_b": b.mean(0), "p": p}
+    mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
+    return {"difference": mean_a - mean_b, "t": t, "mean_a": mean_a, "mean_b": mean_b, "p": p}
 
 
 def save_contrast(folder, flat, subject, maps, title):
@@ -76,14 +77,14 @@ def main():
         flat = FlatMap(predictor.space, FSAVERAGE_DIR)
         for name, subject in subjects.items():
             activity = [predictor.decode(h, subject).numpy() for h in latents]
-            table, weights = region_weights(predictor.space, subject)
-            tables.append(table.assign(subject=name, **compare(*(y @ weights.T for y in activity))))
+            a, b = (average_rois(part, predictor.space, subject) for part in activity)
+            tables.append(pd.DataFrame({"subject": name, **compare(a, b)}, index=a.columns))
             maps = compare(*activity)
             save_contrast(folder / name, flat, subject, maps, f"{name}: {title}")
             p = maps["p"][predictor.space.present(subject) & np.isfinite(maps["p"])]
             n = (false_discovery_control(p) <= 0.05).sum()
             print(f"{name}: {n} of {len(p)} tested vertices differ at a false discovery rate of 5 %")
-        pd.concat(tables).to_csv(folder / "rois.csv", index=False)
+        pd.concat(tables).to_csv(folder / "rois.csv")
         pd.DataFrame(rows).drop(columns="picture").to_csv(folder / "pictures.csv", index=False)
     print(f"wrote {OUTPUT_DIR}: {title}, {' and '.join(str(len(h[0])) for h in latents)} pictures")
     print("t says how consistently pictures differ for the model; it has no scanner noise.")

@@ -36,17 +36,14 @@ def choose_subjects(names, predictor):
     return {name: predictor.index(name) for name in names}
 
 
-def region_weights(space, subject):
-    """ROIs of a subject (an index; None: the group) -> table (roi_group, roi, hemisphere, n_vertices), and weights (n,
-    n_vertices) of the mean over each."""
-    left, rows, weights = np.arange(space.n_vertices) < space.n_lh, [], []
+def average_rois(activity, space, subject):
+    """Activity (n, n_vertices) -> table (n, n_rois) of means over every ROI of a subject (an index; None: the group)."""
+    left, means = np.arange(space.n_vertices) < space.n_lh, {}
     for names, region in roi_masks(space, subject).items():
         for hemi, part in (("both", region), ("lh", region & left), ("rh", region & ~left)):
             if part.any():
-                rows.append((*names, hemi, part.sum()))
-                weights.append(part / part.sum())
-    table = pd.DataFrame(rows, columns=["roi_group", "roi", "hemisphere", "n_vertices"])
-    return table, np.stack(weights).astype(np.float32)
+                means[*names, hemi, part.sum()] = activity[:, part].mean(1)
+    return pd.DataFrame(means).rename_axis(columns=["roi_group", "roi", "hemisphere", "n_vertices"])
 
 
 def save_vertices(folder, space, subject):
@@ -82,15 +79,14 @@ def save_map(path, flat, values, limits, label, outlines, title, image=None):
     save_figure(figure, path)
 
 
-def save_activity(folder, first, names, activity, space, subject, regions):
+def save_activity(folder, first, names, activity, space, subject):
     """Pictures' activity (n, n_vertices) -> rows from first on of a subject's arrays, and rows of rois.csv."""
     for hemi in HEMIS:
         array = np.load(folder / f"activity_{hemi}.npy", mmap_mode="r+")
         array[first : first + len(names)] = activity[:, space.columns(subject, hemi)]
-    table, weights = regions
-    tables = {(name, folder.name): table.assign(mean=mean) for name, mean in zip(names, activity @ weights.T)}
-    table, path = pd.concat(tables, names=["picture", "subject"]).droplevel(2), folder.parent / "rois.csv"
-    table.to_csv(path, mode="a", header=not path.exists(), float_format="%.7g")
+    means, path = average_rois(activity, space, subject).set_axis(names), folder.parent / "rois.csv"
+    means = means.melt(ignore_index=False, value_name="mean").assign(subject=folder.name)
+    means.to_csv(path, mode="a", header=not path.exists(), index_label="picture", float_format="%.7g")
 
 
 def draw_activity(folder, names, pictures, activity, flat, outlines):
@@ -107,7 +103,6 @@ def main():
     predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
     space, subjects = predictor.space, choose_subjects(SUBJECT, predictor)
     flat = FlatMap(space, FSAVERAGE_DIR) if len(paths) <= MAPS else None
-    regions = {name: region_weights(space, subject) for name, subject in subjects.items()}
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
         for name, subject in subjects.items():
             (folder / name).mkdir()
@@ -120,7 +115,7 @@ def main():
             names = [row["picture"] for row in batch]
             for name, subject in subjects.items():
                 activity = predictor.decode(latents, subject).numpy()
-                save_activity(folder / name, len(rows), names, activity, space, subject, regions[name])
+                save_activity(folder / name, len(rows), names, activity, space, subject)
                 if flat:
                     activity[:, ~space.present(subject)] = np.nan
                     draw_activity(folder / name, names, pictures, activity, flat, flat.outlines(OUTLINES, subject))
