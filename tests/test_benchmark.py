@@ -38,7 +38,7 @@ def test_commands_are_timed_in_alternation(tmp_path, monkeypatch):
 
     def command(folder, words):
         called.append((folder.name, words[-1]))
-        return 5.0, 4.0, "prepare_data.py: 5 s, peak memory 2.5 GB"
+        return float(len(words)), float(len(words)), "prepare_data.py: 5 s, peak memory 2.5 GB"
 
     monkeypatch.setattr(benchmark, "command", command)
     run_stage(benchmark, PARTS="prepare", OUTPUT=tmp_path / "table.md", DEVICE="cpu", OTHER=tmp_path, REPEATS=2)

@@ -39,20 +39,12 @@ def make_encoder(name=TINY, size=56, n_vertices=9):
     return Encoder(trunk, head).eval()
 
 
-@pytest.fixture(scope="module")
-def encoder():
-    return make_encoder()
-
-
 def decompose(encoder, subject=1, images=IMAGES):
     """-> contributions (n_vertices, n, n_layers, n_tokens), predictions (n, n_vertices) and the decomposition."""
     with torch.inference_mode():
         decomposition = contributions.Decomposition(encoder, subject, np.arange(len(encoder.head.embed_bias)))
         terms, h = decomposition(images, torch.float32)
         return (terms @ decomposition.weights.T).movedim(-1, 0), encoder.predict(h, subject), decomposition
-
-
-# ---- contributions -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("subject", [1, None])
@@ -73,11 +65,11 @@ def test_a_contribution_is_what_the_prediction_loses_without_that_token(name, su
             torch.testing.assert_close(k[:, :, layer, token].T, lost, rtol=0, atol=1e-4)
 
 
-def test_another_affine_head_is_followed_and_others_are_refused(encoder, monkeypatch):
+def test_another_affine_head_is_followed_and_others_are_refused(monkeypatch):
     def weighted(self, p):
         return sum(w * f.norm(p_l) for w, f, p_l in zip((0.8, 0.3), self.projections, p)) + 1
 
-    mean = Head.combine
+    encoder, mean = make_encoder(), Head.combine
     monkeypatch.setattr(Head, "combine", weighted)
     k, prediction, decomposition = decompose(encoder)
     torch.testing.assert_close(decomposition.constant + k.sum((2, 3)).T, prediction, rtol=0, atol=1e-4)
@@ -86,22 +78,18 @@ def test_another_affine_head_is_followed_and_others_are_refused(encoder, monkeyp
         decompose(encoder)
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for i, image in enumerate(IMAGES[:3]):
-        Image.fromarray(image[:, 20 * i :]).save(folder / f"{i}.png")
-    return folder
-
-
 @pytest.mark.parametrize("phase, subject", [(1, "group"), (2, "subj06")])
 def test_contributions_add_up_to_the_predicted_roi_means(
-    phase, subject, run_dir, finetuned_dir, data_dir, photos, tmp_path, monkeypatch
+    phase, subject, run_dir, finetuned_dir, data_dir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(explain, "draw_fields", lambda *arguments: None)  # the test below draws them
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, image in enumerate(IMAGES[:3]):
+        Image.fromarray(image[:, 20 * i :]).save(photos / f"{i}.png")
     options = dict(RUN_DIR=run_dir if phase == 1 else finetuned_dir, IMAGES=photos, SUBJECT=subject, DEVICE="cpu")
     run_stage(predict_pictures, **options, OUTPUT_DIR=tmp_path / "predictions", MAPS=0)
-    rois = ("V1v", "V1", "early+PPA", "3", "0+100")
+    rois = ("V1v", "V1", "early+PPA", "3", "0+100+0")
     explained = dict(OUTPUT_DIR=tmp_path / "explained", DATA_DIR=data_dir, ROIS=rois, BATCH_SIZE=2, FIGURES=1)
     run_stage(explain, **options, **explained)
     saved = np.load(tmp_path / "explained/contributions.npz")
@@ -117,14 +105,14 @@ def test_contributions_add_up_to_the_predicted_roi_means(
     activity = np.concatenate([np.load(tmp_path / f"predictions/{subject}/activity_{h}.npy") for h in HEMIS], 1)
     np.testing.assert_allclose(total[:, 3:].T, [activity[:, 3], activity[:, [0, 100]].mean(1)], atol=1e-4)
 
-    with pytest.raises(UserError, match="unknown ROI 'V9'"):
-        run_stage(explain, **options, **explained | dict(ROIS=("V9",), OUTPUT_DIR=tmp_path / "other"))
+    both = f"{run_dir}/head.pt,{run_dir}/head.pt"
+    for change, message in ((dict(ROIS=("V9",)), "unknown ROI 'V9'"), (dict(CHECKPOINT=both), "one file")):
+        with pytest.raises(UserError, match=message):
+            run_stage(explain, **options, **explained | dict(OUTPUT_DIR=tmp_path / "other") | change)
 
 
-# ---- receptive fields ----------------------------------------------------------------------------
-
-
-def test_fields_are_covariances_and_shares_add_up(encoder):
+def test_fields_are_covariances_and_shares_add_up():
+    encoder = make_encoder()
     k, prediction, decomposition = decompose(encoder)
     with torch.inference_mode():
         tokens, layers, mean_terms, h = contributions.measure_covariance(decomposition, IMAGES, torch.float32, 2)
@@ -174,7 +162,7 @@ def trained(build_once):
     """A folder with data of one simulated person and a head trained on features that are computed once: seconds."""
 
     def build(folder):
-        simulate(folder / "challenge", subjects=[1], n_train=400, n_test=0, picture_size=96, vertex_step=8)
+        simulate(folder / "challenge", subjects=[1], n_train=320, n_test=0, picture_size=96, vertex_step=8)
         run_stage(prepare_data, CHALLENGE_DIR=folder / "challenge", DATA_DIR=folder / "data")
         run_stage(fit_pca, DATA_DIR=folder / "data", PCA_DIM=48, DEVICE="cpu")
         data, torch_seed = prepare_data.load(folder / "data"), torch.manual_seed(0)
@@ -200,8 +188,8 @@ def trained(build_once):
 
 
 def test_planted_fields_are_recovered(trained, tmp_path):
-    settings = dict(DATA_DIR=trained / "data", CHECKPOINT=trained / "head.pt", SPLIT="train", N_REFERENCE=200)
-    run_stage(explain, **settings, OUTPUT_DIR=tmp_path / "explained", DEVICE="cpu", PRECISION="float32")
+    settings = dict(DATA_DIR=trained / "data", SPLIT="train", N_REFERENCE=150, DEVICE="cpu", PRECISION="float32")
+    run_stage(explain, **settings, CHECKPOINT=trained / "head.pt", OUTPUT_DIR=tmp_path / "explained")
     fields, planted = np.load(tmp_path / "explained/fields.npz"), planted_fields(1, vertex_step=8)
     early = planted["streams"] == "early"
     for axis in ("x", "y"):
@@ -210,7 +198,7 @@ def test_planted_fields_are_recovered(trained, tmp_path):
 
     data = prepare_data.load(trained / "data")
     rows = data.samples("train")
-    rows = rows[np.argsort(data.image[rows])][np.linspace(0, len(rows) - 1, 200).astype(int)]
+    rows = rows[np.argsort(data.image[rows])][np.linspace(0, len(rows) - 1, 150).astype(int)]
     encoder = load_checkpoint(trained / "head.pt")[0]
     with torch.inference_mode():
         [h] = trunk_outputs(encoder.trunk, data.images[data.image[rows]], [encoder.latents])
@@ -228,10 +216,3 @@ def test_planted_fields_are_recovered(trained, tmp_path):
         np.testing.assert_allclose(angle[vertices], np.degrees(np.arctan2(y, x))[of_hemi], rtol=1e-4)
         assert np.isnan(np.delete(angle, vertices)).all()
     assert (tmp_path / "explained/fields.png").stat().st_size > 10_000
-
-
-def test_one_checkpoint_is_explained(run_dir, data_dir, tmp_path):
-    with pytest.raises(UserError, match="one file"):
-        run_stage(
-            explain, DATA_DIR=data_dir, CHECKPOINT=f"{run_dir}/head.pt,{run_dir}/head.pt", OUTPUT_DIR=tmp_path / "x"
-        )

@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-import types
+from abc import ABC, abstractmethod
 from types import SimpleNamespace
 
 import nibabel
@@ -39,9 +39,6 @@ def plain_prediction(checkpoint, images, subject):
     with torch.inference_mode():
         h = torch.cat([trunk_outputs(encoder.trunk, image[None], [encoder.latents])[0] for image in images])
         return encoder.predict(h, subject).numpy()
-
-
-# ---- files ---------------------------------------------------------------------------------------
 
 
 def test_files_are_read_as_a_viewer_shows_them(tmp_path):
@@ -141,9 +138,6 @@ def test_which_files_are_pictures(tmp_path, capsys):
             find(images)
 
 
-# ---- predictions ---------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def photos(tmp_path):
     """Two pictures with trying names, and one that cannot be read."""
@@ -215,9 +209,6 @@ def test_unreadable_pictures_give_exit_code_1_after_the_others(photos, run_dir, 
     assert len(np.load(tmp_path / "out/group/activity_lh.npy")) == 1  # earlier results stay
 
 
-# ---- contrasts -----------------------------------------------------------------------------------
-
-
 def test_contrast_is_scipys_t_test_of_plain_predictions(run_dir, challenge, tmp_path):
     folder, output = challenge / "subj01/training_split/training_images", tmp_path / "out"
     sides = [sorted(folder.glob(name)) for name in ("train-000[1-4]*", "train-001*")]
@@ -248,20 +239,12 @@ def test_contrast_of_a_picture_with_itself_is_zero(run_dir, tmp_path):
     assert np.isnan(np.load(tmp_path / "out/group/t_lh.npy")).all() and not (tmp_path / "out/group/t.png").exists()
 
 
-# ---- BERG ----------------------------------------------------------------------------------------
-
-
 def test_berg_interface(finetuned_dir, tmp_path, monkeypatch):
     """With a stand-in for the base class, whose abstract methods are BERG's."""
-    from abc import ABC, abstractmethod
-
     methods = ("load_model", "generate_response", "get_metadata", "get_model_id", "cleanup")
     base = type("BaseModelInterface", (ABC,), {name: abstractmethod(lambda self: None) for name in methods})
-    module = types.ModuleType("berg.interfaces.base_model")
-    module.BaseModelInterface = base
-    for name in ("berg", "berg.interfaces"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("berg", "berg.interfaces", "berg.interfaces.base_model"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(BaseModelInterface=base))
     monkeypatch.delitem(sys.modules, "tools.berg", raising=False)
     berg = importlib.import_module("tools.berg")
     assert issubclass(berg.EncodingModel, base)

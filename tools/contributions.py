@@ -50,7 +50,7 @@ class Decomposition:
         return terms, h
 
 
-def measure_covariance(decomposition, images, precision, batch_size):
+def measure_covariance(decomposition, images, precision, batch_size=16):
     """Covariance over pictures of contributions with the prediction -> of tokens (n_tokens, n_vertices), of layers
     (n_layers, n_vertices), mean terms (n_layers, n_tokens, latent_dim), and latents (n, latent_dim)."""
     weights, products, terms_sum, latents = decomposition.weights, 0, 0, []

@@ -151,10 +151,9 @@ def main():
     decomposition, images = Decomposition(encoder, subject, columns), data.images[data.image[rows]]
     tokens, layers, mean_terms, h = measure_covariance(decomposition, images, predictor.precision, BATCH_SIZE)
     fields, r2 = describe_fields(tokens, layers, encoder), reference_r2(predictor, data, name, rows, h)
-    right, up = fields["x"] - 0.5, 0.5 - fields["y"]
-    maps = {"polar angle": np.degrees(np.arctan2(up, right)), "eccentricity": np.hypot(right, up)}
-    maps |= {key: fields[key] for key in ("size", "depth")}
-    for key, values in maps.items():
+    right, up, maps = fields["x"] - 0.5, 0.5 - fields["y"], {}
+    polar = {"polar angle": np.degrees(np.arctan2(up, right)), "eccentricity": np.hypot(right, up)}
+    for key, values in (polar | {"size": fields["size"], "depth": fields["depth"]}).items():
         maps[key] = np.full(space.n_vertices, np.nan)
         maps[key][columns] = values
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="fields.npz") as folder:

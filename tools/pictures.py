@@ -1,5 +1,4 @@
 """Picture files of any common format and shape -> what the model sees: the largest centred square at 256 x 256 px.
-
 Files are read as a viewer shows them: rotated as EXIF says, transparent parts on white, the first frame of several.
 """
 
@@ -115,8 +114,7 @@ def read_batches(paths, batch_size, failures):
 
 
 def predict_batches(predictor, paths, failures):
-    """Yields [Picture] and their latents, batch by batch; see read_batches(). While the caller works, threads read
-    files and run the trunk ahead."""
+    """Yields [Picture] and their latents, batch by batch, as read_batches(); threads read and run the trunk ahead."""
     with progress(total=len(paths), desc="predicting", unit="picture") as bar:
         batches = ahead(read_batches(paths, predictor.batch_size, failures))
         yield from ahead(
@@ -136,10 +134,9 @@ def ahead(items):
 def list_pictures(pictures, first=0):
     """[Picture] -> rows of pictures.csv. picture: a name that can serve in file names, whatever the file is called."""
     rows = []
-    for row, picture in enumerate(pictures, first):
-        stem = re.sub(r"[^A-Za-z0-9-]+", "_", picture.path.stem)[:60]
-        size = {"width": picture.width, "height": picture.height}
-        rows.append({"picture": f"{row:03d}_{stem}", "file": shown(picture.path), **size, "note": picture.note})
+    for row, p in enumerate(pictures, first):
+        name = f"{row:03d}_" + re.sub(r"[^A-Za-z0-9-]+", "_", p.path.stem)[:60]
+        rows.append(dict(picture=name, file=shown(p.path), width=p.width, height=p.height, note=p.note))
     return rows
 
 
