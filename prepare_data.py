@@ -157,7 +157,7 @@ def read_mapping(path):
 
 def check_activity(path):
     """Refuse NaN and activity far from z-scores: the median deviation has to be 1/3 to 3, the median |mean| below 3."""
-    activity = read_npy(path)
+    activity = np.array(read_npy(path))  # read once
     if activity.dtype.kind != "f" or not np.isfinite(activity).all():
         raise UserError(f"{path} ({activity.dtype}) does not hold floats without NaN and infinite values.")
     mean, deviation = (np.median(np.abs(f(activity, 0, np.float32))) for f in (np.mean, np.std))
