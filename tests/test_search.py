@@ -218,7 +218,8 @@ def test_search_learns_from_its_trials(fitted, tmp_path, monkeypatch):
     run_stage(search, **settings, RUN_DIR=tmp_path / "study", TRIALS=24, HEADS=8)
     values = [trial.value for trial in trials_of(tmp_path / "study")]
     assert np.median(values[:8]) < 0 and np.median(values[16:]) > 0.25
-    assert winners[-1] == max(values) and winners == sorted(winners)
+    best_so_far = np.maximum.accumulate(np.reshape(values, (3, 8)).max(1))
+    assert winners == sorted(set(best_so_far.tolist()))
 
 
 def test_winner_is_trained_in_full(tmp_path):
