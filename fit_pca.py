@@ -12,12 +12,11 @@ Written to DATA_DIR/pca.pt, which load() reads. Randomised SVD: Halko et al. 201
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import prepare_data
 from core.files import fingerprint, load_torch, lock, save_torch
-from core.settings import choose_device, constants, progress, run, versions
+from core.settings import check_same, choose_device, constants, progress, run, versions
 from model import UserError
 
 DATA_DIR: str = "data"  # prepared data; pca.pt is written there too
@@ -61,8 +60,10 @@ def project(data, components, mean):
     """z* (n_samples, pca_dim) and r* (n_samples,) float32 of all samples, on the CPU."""
     latents, residual = [], []
     for start in progress(range(0, len(data.subject), CHUNK), desc="projecting"):
-        rows = np.arange(start, min(start + CHUNK, len(data.subject)))
-        y = torch.from_numpy(data.read_activity(rows)).to(components.device, torch.float32) - mean
+        y = (
+            torch.from_numpy(data.read_activity(slice(start, start + CHUNK))).to(components.device, torch.float32)
+            - mean
+        )
         z = y @ components
         latents.append(z.cpu())
         residual.append((squared_norm(y) - squared_norm(z)).clamp(min=0).float().cpu())
@@ -86,9 +87,8 @@ def main():
     device, data = choose_device(DEVICE), prepare_data.load(DATA_DIR)
     path, rows = Path(DATA_DIR) / "pca.pt", data.samples("train")
     if path.exists() and not OVERWRITE:
-        before = load_torch(path, FORMAT, "fit_pca.py")
-        if (before["made_with"], before["data_fingerprint"]) != (made_with, data.fingerprint):
-            raise UserError(f"{path} was fitted to other data or with {before['made_with']}; see --overwrite true.")
+        before, now = load_torch(path, FORMAT, "fit_pca.py"), made_with | {"data": data.fingerprint}
+        check_same(path, before["made_with"] | {"data": before["data_fingerprint"]}, now)
         print(f"{path} is already fitted; --overwrite true fits it again")
         return
     if not 1 <= PCA_DIM <= min(len(rows), data.space.n_vertices):

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from core.files import fingerprint, load_torch, lock, save_torch
-from core.settings import constants, progress, run, versions
+from core.settings import check_same, constants, progress, run, versions
 from core.space import HEMIS, N_FSAVERAGE, ROI_GROUPS, Space
 from model import PICTURE_SIZE, UserError
 
@@ -371,9 +371,7 @@ def main():
     made_with = {name: value for name, value in constants(globals()).items() if name in ("SUBJECTS", "SPLITS", "SEED")}
     path = Path(DATA_DIR) / "prepared.pt"
     if path.exists() and not OVERWRITE:
-        before = load_torch(path, FORMAT, "prepare_data.py")["made_with"]
-        if before != made_with:
-            raise UserError(f"{DATA_DIR} was prepared with {before}, not {made_with}; --overwrite true replaces it.")
+        check_same(DATA_DIR, load_torch(path, FORMAT, "prepare_data.py")["made_with"], made_with)
         print(f"{DATA_DIR} is already prepared; --overwrite true prepares it again")
         return
     subjects = read_folder(CHALLENGE_DIR, SUBJECTS)

@@ -1,5 +1,5 @@
 """Stage 3, phase 1: train the encoding head on the frozen trunk (report, Table 2). DATA_DIR -> RUN_DIR with
-head.pt, the checkpoint with the best validation median R², train_head.jsonl, one line per validation, and train_head.png,
+head.pt, the checkpoint with the best validation median R², train_head.jsonl, a line per validation, and train_head.png,
 the loss curves (report, Figure 3). The same command continues an interrupted run; torchrun uses several GPUs.
 """
 

@@ -29,12 +29,12 @@ def save_checkpoint(path, encoder, *, space, made_with, scores, step, finished, 
     state = trunk_state(encoder.trunk, encoder.layers)
     stored = [name for name in encoder.trunk.stored_names() if name in state]
     content = {
-        "made_with": made_with, "versions": versions(), "source": SOURCE, "scores": scores, "step": step, "finished": finished,
+        "made_with": made_with, "versions": versions(), "scores": scores, "step": step, "finished": finished,
         "trunk_settings": encoder.trunk.settings | {"layers": ",".join(map(str, encoder.layers))},
         "trunk": {name: state[name].detach().cpu() for name in stored},
         "trunk_fingerprint": fingerprint(*(value for name, value in state.items() if name not in stored)),
         "head": {name: value.detach().cpu() for name, value in encoder.head.state_dict().items()},
-        "space": vars(space),
+        "space": vars(space), "source": SOURCE,
         "train_nsd_ids": torch.as_tensor(np.unique(train_nsd_ids)),
         "added": {name: torch.as_tensor(ids) for name, ids in (added or {}).items()},
     }  # fmt: skip

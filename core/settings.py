@@ -72,6 +72,14 @@ def override(namespace, arguments):
             namespace[name] = ",".join(value) if isinstance(value, list) else value
 
 
+def check_same(path, before, now):
+    """UserError if results in path were made with other settings: {name: value} recorded before, and of now."""
+    names = [name for name in now | before if before.get(name) != now.get(name)]
+    if names:
+        listed = "; ".join(f"{name}: {before.get(name)} before, {now.get(name)} now" for name in names)
+        raise UserError(f"{path} has results of other settings ({listed}): use another folder, or --overwrite true.")
+
+
 def run(main, namespace, many=False):
     """Run a script's main() from the command line. many: whether torchrun may start it in several processes."""
     start = time.perf_counter()
@@ -129,9 +137,6 @@ def versions():
 def progress(iterable=None, **options):
     """tqdm; where output is not a terminal, one line every 30 s."""
     if not sys.stderr.isatty():
-        options |= {
-            "mininterval": 30,
-            "delay": 30,
-            "bar_format": "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n",
-        }
+        options |= {"mininterval": 30, "delay": 30}
+        options["bar_format"] = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n"
     return tqdm(iterable, disable=distributed.rank() > 0, **options)

@@ -22,7 +22,7 @@ from core import distributed
 from core.checkpoint import SOURCE, mark_finished, read_checkpoint, save_checkpoint
 from core.files import atomic_write, load_torch, lock, save_torch
 from core.scores import median_r2, r2_score
-from core.settings import progress
+from core.settings import check_same, progress
 from model import Crops, UserError, autocast, random_boxes, trunk_outputs
 
 FORMAT = "training-3"
@@ -92,7 +92,7 @@ def read_pictures(data):
     """Training pictures (n, 256, 256, 3) uint8, read into RAM; all processes of a machine share one copy."""
     images = np.load(data.images.filename, mmap_mode="c")[: data.n_training_images]
     for start in range(0, len(images), 1024):
-        images[start : start + 1024, ::16].sum()  # reads every page in before the first step
+        images[start : start + 1024, ::4].sum()  # reads every page in before the first step
     return images
 
 
@@ -181,11 +181,7 @@ class Learner:
         return state | {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def restore(self, state):
-        before, now = state["made_with"], self.made_with
-        names = [name for name in now | before if before.get(name) != now.get(name)]
-        if names:
-            differing = "; ".join(f"{name}: {before.get(name)} before, {now.get(name)} now" for name in names)
-            raise UserError(f"{self.output.parent} holds a run with other settings; see --overwrite. {differing}.")
+        check_same(self.output.parent, state["made_with"], self.made_with)
         changed = sorted(set(self.state()["weights"]) ^ set(state["weights"]))
         if changed:
             raise UserError(f"the head in model.py has changed since this run began ({', '.join(changed)}).")
@@ -214,7 +210,8 @@ def train_step(learners, crops, batch, micro_batch=0):
     size = n * local_size // n_local
     for learner in learners:
         learner.encoder.train()
-        learner.loss, learner.buffers = 0.0, [buffer.clone() for buffer in learner.encoder.head.buffers()]
+        buffers = learner.encoder.head.buffers() if learner.scaler.is_enabled() else ()
+        learner.loss, learner.buffers = 0.0, [buffer.clone() for buffer in buffers]
     for k in range(n_local // local_size):
         images = crops(*(batch[name][k * local_size : (k + 1) * local_size] for name in IMAGE_KEYS))
         part = {name: v[k * size : (k + 1) * size] for name, v in batch.items() if name not in IMAGE_KEYS}
@@ -242,19 +239,16 @@ def validate(encoders, data, images, split, batch_size, precision):
         functions = [encoder.eval().latents for encoder in encoders]
         latents = trunk_outputs(encoders[0].trunk, images[local], functions, batch_size, precision)
     latents = [torch.cat(parts).to(device) for parts in zip(*distributed.gather_objects([h.cpu() for h in latents]))]
-    where = [np.searchsorted(pictures, data.image[r]) for r in rows]
-    results = []
-    for encoder, h in zip(encoders, latents):
-        loss, r2 = 0.0, []
-        for s in range(len(rows)):
-            activity = torch.from_numpy(data.read_activity(rows[s])).to(device)
-            prediction = encoder.predict(h[where[s]], s)
-            loss += float((prediction - activity).square().sum(dtype=torch.float64))
-            finite = math.isfinite(loss)  # else this head fails, not the others with it
-            r2.append(r2_score(activity, prediction)[data.space.mask[s]] if finite else None)
-        loss /= sum(map(len, rows)) * data.space.n_vertices
-        results.append({"val_loss": loss} | median_r2(r2, data.space.subjects, "val_r2"))
-    return results
+    losses, r2 = [0.0] * len(encoders), [[] for _ in encoders]
+    for s, r in enumerate(rows):
+        activity, where = torch.from_numpy(data.read_activity(r)).to(device), np.searchsorted(pictures, data.image[r])
+        for i, (encoder, h) in enumerate(zip(encoders, latents)):
+            prediction = encoder.predict(h[where], s)
+            losses[i] += float((prediction - activity).square().sum(dtype=torch.float64))
+            finite = math.isfinite(losses[i])  # else this head fails, not the others with it
+            r2[i].append(r2_score(activity, prediction)[data.space.mask[s]] if finite else None)
+    n, names = sum(map(len, rows)) * data.space.n_vertices, data.space.subjects
+    return [{"val_loss": loss / n} | median_r2(scores, names, "val_r2") for loss, scores in zip(losses, r2)]
 
 
 class Run:
@@ -314,35 +308,42 @@ class Run:
                     self.validate(due, images)
 
     def validate(self, due, images):
-        """Score learners, write the checkpoints of those that are better than ever before, save the state."""
+        """Score learners, record those whose scores are finite, save the state."""
         due, s = [learner for learner in due if not learner.failed], self.settings
-        encoders = [learner.encoder for learner in due]
-        results = validate(encoders, self.data, images, "val", s.MICRO_BATCH or s.BATCH_SIZE, self.precision)
+        options = "val", s.MICRO_BATCH or s.BATCH_SIZE, self.precision
+        results = validate([learner.encoder for learner in due], self.data, images, *options) if due else []
         seconds = time.perf_counter() - self.clock
         for learner, scores in zip(due, results):
-            if not math.isfinite(scores["val_loss"]):
+            if math.isfinite(scores["val_loss"]):
+                self.record(learner, scores, seconds)
+            else:
                 self.fail(learner)
-                continue
-            entry = {"step": learner.step, "learning_rate": learning_rate(max(0, learner.step - 1), learner.settings)}
-            entry["train_loss"] = float(learner.loss_sum) / learner.n_losses if learner.n_losses else None
-            entry["step_loss"] = float(learner.loss) if learner.step else None
-            n_pictures = (learner.step - self.clock_step) * s.BATCH_SIZE
-            entry |= {"seconds": round(seconds, 2), "pictures_per_second": round(n_pictures / seconds, 1)}
-            learner.log.append(entry | scores)
-            learner.loss_sum, learner.n_losses = 0.0, 0
-            if not scores["val_r2"] <= learner.best:
-                learner.best, learner.saved = scores["val_r2"], True
-                if distributed.rank() == 0:
-                    save_checkpoint(
-                        learner.output, learner.encoder, space=self.data.space, scores=scores, step=learner.step,
-                        made_with=learner.made_with, finished=False,
-                        train_nsd_ids=self.data.nsd_ids[self.data.image[self.data.samples("train")]],
-                    )  # fmt: skip
+        self.save()
+        self.clock, self.clock_step = time.perf_counter(), max(learner.step for learner in self.learners)
+
+    def record(self, learner, scores, seconds):
+        """Extend the log; write the checkpoint of a learner that is better than ever before."""
+        entry = {"step": learner.step, "learning_rate": learning_rate(max(0, learner.step - 1), learner.settings)}
+        entry["train_loss"] = float(learner.loss_sum) / learner.n_losses if learner.n_losses else None
+        entry["step_loss"] = float(learner.loss) if learner.step else None
+        n_pictures = (learner.step - self.clock_step) * self.settings.BATCH_SIZE
+        entry |= {"seconds": round(seconds, 2), "pictures_per_second": round(n_pictures / seconds, 1)}
+        learner.log.append(entry | scores)
+        learner.loss_sum, learner.n_losses = 0.0, 0
+        if not scores["val_r2"] <= learner.best:
+            learner.best, learner.saved = scores["val_r2"], True
             if distributed.rank() == 0:
-                on_log(learner, learner.log[-1])
+                save_checkpoint(
+                    learner.output, learner.encoder, space=self.data.space, scores=scores, step=learner.step,
+                    made_with=learner.made_with, finished=False,
+                    train_nsd_ids=self.data.nsd_ids[self.data.image[self.data.samples("train")]],
+                )  # fmt: skip
+        if distributed.rank() == 0:
+            on_log(learner, learner.log[-1])
+
+    def save(self):
         if distributed.rank() == 0:
             save_torch(self.state_path, {"learners": [learner.state() for learner in self.learners]}, FORMAT)
-        self.clock, self.clock_step = time.perf_counter(), max(learner.step for learner in self.learners)
 
     def fail(self, learner):
         learner.failed = f"the loss is not finite after step {learner.step}: lower LEARNING_RATE."

@@ -27,7 +27,7 @@ from PIL import Image
 
 import prepare_data
 from core.files import load_torch
-from core.settings import progress, run
+from core.settings import check_same, progress, run
 from core.space import Space
 from model import UserError
 
@@ -165,9 +165,7 @@ def main():
     if not path.exists() or OVERWRITE:
         prepare(made_with)
         return
-    before = load_torch(path, prepare_data.FORMAT, "prepare_flat.py")["made_with"]
-    if before != made_with:
-        raise UserError(f"{DATA_DIR} was prepared with {before}, not {made_with}; --overwrite true replaces it.")
+    check_same(DATA_DIR, load_torch(path, prepare_data.FORMAT, "prepare_flat.py")["made_with"], made_with)
     print(f"{DATA_DIR} is already prepared; --overwrite true prepares it again")
 
 

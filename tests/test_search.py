@@ -203,7 +203,7 @@ def test_processes_share_a_study_and_a_killed_round_does_not_count(fitted, tmp_p
 
 
 def test_search_learns_from_its_trials(fitted, tmp_path, monkeypatch):
-    """On a known objective most trials of the third round are near its maximum 0.3, unlike those of the random first."""
+    """On a known objective most trials of the third round are near its maximum 0.3, unlike the random first ones."""
     winners = []
 
     def new_learner(trunk, settings, *_):

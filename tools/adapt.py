@@ -31,7 +31,7 @@ from core.scores import median, r2_score
 from core.settings import choose_device, choose_precision, constants, progress, run
 from model import Encoder, UserError, trunk_outputs
 from tools import evaluate, ridge
-from tools.vertices import find
+from tools.vertices import draw_pictures, find, interval, resampled_scores
 
 DATA_DIR: str = "new_person_data"  # prepared data of this person alone: prepare_data.py --subjects NAME --data_dir …
 RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
@@ -138,9 +138,9 @@ def score(activity, prediction, nsd_ids, title):
     text, ends = f"{title}: median R² {r2:.4f}", None
     if n >= evaluate.FEWEST_PICTURES:
         order, no_ceiling = np.argsort(nsd_ids), np.full(activity.shape[1], np.nan)
-        weights = evaluate.draw_pictures(n, evaluate.RESAMPLES, evaluate.SEED)
+        weights = draw_pictures(n, evaluate.RESAMPLES, evaluate.SEED)
         pair = activity[order].cpu(), prediction[order].cpu()
-        ends = evaluate.interval(r2, np.nanmedian(evaluate.resampled_scores(*pair, weights, no_ceiling)["r2"], axis=1))
+        ends = interval(r2, np.nanmedian(resampled_scores(*pair, weights, no_ceiling)["r2"], axis=1))
         text += f" (95 % CI {ends[0]:.4f} to {ends[1]:.4f})"
     print(f"{text}, {n} pictures")
     return {"n_pictures": n, "median_r2": r2, "interval": ends}
@@ -165,13 +165,13 @@ def add_person(person, new, space, weight, bias):
     return encoder, dataclasses.replace(space, subjects=subjects, mask=mask, rois=rois)
 
 
-def adapt(data, encoder, space, info, precision, folder):
-    """Fit, score, and write the files of OUTPUT_DIR to folder."""
+def adapt(data, encoder, space, columns, info, precision, folder):
+    """Fit, score, and write the files of OUTPUT_DIR to folder. columns: of the data's vertices in space, of find()."""
     name, nsd_ids = data.space.subjects[0], data.nsd_ids[data.image]
     held_out, fresh = data.split > 0, ~np.isin(nsd_ids, info["train_nsd_ids"].numpy())
     train, scored = data.samples("train"), np.flatnonzero(held_out & fresh)
     n, n_left_out = len(train), int((held_out & ~fresh).sum())
-    person = Person(data, encoder, find(space, data.space), precision)
+    person = Person(data, encoder, columns, precision)
     weight, bias, a, c = person.fit(train)
     print(f"{name}: {n} pictures, {len(person.columns)} vertices; the checkpoint lacks {(~person.known).sum()} others")
     print(f"penalties of least leave-one-out error: a {a:.3g} on the person's own map (inf: the group's map),")
@@ -204,10 +204,11 @@ def main():
         raise UserError(f"{DATA_DIR} has to hold one person, under a name that {path} does not have yet.")
     if not len(data.samples("val")):
         raise UserError(f"{name} has no validation pictures in {DATA_DIR}.")
-    if data.space.unit != space.unit or not (find(space, data.space) >= 0).any():
+    columns = find(space, data.space)
+    if data.space.unit != space.unit or not (columns >= 0).any():
         raise UserError(f"{name} and {path} have no {space.unit} in common.")
     with output_folder(output, OVERWRITE, marker="adapted.pt") as folder, torch.inference_mode():
-        adapt(data, encoder, space, info, precision, folder)
+        adapt(data, encoder, space, columns, info, precision, folder)
     print(f"wrote {output}: adapted.pt with {', '.join([*space.subjects, name])}")
 
 

@@ -22,11 +22,10 @@ from core import training
 from core.checkpoint import read_checkpoint
 from core.files import atomic_write, lock
 from core.scores import median, r2_score
-from core.settings import choose_device, choose_precision, constants, run
+from core.settings import check_same, choose_device, choose_precision, constants, run
 from model import Trunk, UserError, trunk_outputs
 from tools import ridge
-from tools.evaluate import draw_pictures, interval, resampled_scores
-from tools.vertices import roi_masks
+from tools.vertices import draw_pictures, interval, resampled_scores, roi_masks
 
 TABLE_4 = {  # median R² (report)
     "vit_base_patch16_224.mae": 0.1832,
@@ -172,23 +171,14 @@ def has_report_settings(data, pca):
 
 
 def load_inputs(namespace, not_compared):
-    """Prepared data, PCA on the device, device and precision of a script, and a dict of what its results rest on."""
+    """Prepared data, PCA, device and precision of a script, and a dict of what its results rest on."""
     data = prepare_data.load(namespace["DATA_DIR"])
     pca = fit_pca.load(namespace["DATA_DIR"], data)
     device = choose_device(namespace["DEVICE"])
     precision = choose_precision(namespace["PRECISION"], device)
-    pca.components, pca.mean = pca.components.to(device), pca.mean.to(device)  # one copy for all heads
     inputs = {name: value for name, value in constants(namespace).items() if name not in not_compared}
     inputs |= {"precision": str(precision), "data": data.fingerprint, "pca": pca.fingerprint}
     return data, pca, device, precision, json.loads(json.dumps(inputs))
-
-
-def check_same(path, before, now):
-    """Refuse to mix results of different settings and data."""
-    changed = [name for name in before | now if before.get(name) != now.get(name)]
-    if changed:
-        listed = "; ".join(f"{name}: {before.get(name)} before, {now.get(name)} now" for name in changed)
-        raise UserError(f"{path} has results of other settings ({listed}): use another RUN_DIR, or --overwrite true.")
 
 
 def main():

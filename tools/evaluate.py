@@ -28,7 +28,7 @@ from core.settings import constants, run
 from core.space import HEMIS
 from model import UserError
 from tools import figures, page
-from tools.vertices import challenge_score, find, pearson, roi_masks
+from tools.vertices import challenge_score, draw_pictures, find, interval, pearson, resampled_scores, roi_masks
 
 DATA_DIR: str = "data"  # prepared data
 RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
@@ -218,47 +218,6 @@ def summarise(space, rows, scores, resampled):
                 table.append((key[0], subject, hemi, *roi, key[1], *numbers, np.mean(values[chosen]), len(chosen)))
     columns = ["prediction", "subject", "hemisphere", "roi_group", "roi", "metric", "score", "low", "high"]
     return pd.DataFrame(table, columns=[*columns, "median", "mean", f"n_{space.unit}"])
-
-
-def draw_pictures(n_pictures, n_resamples, seed):
-    """How often each resample draws each picture, with replacement: (n_resamples, n_pictures) float32. A picture that
-    several subjects saw is drawn for all of them together; several predictions share the resamples."""
-    counts = np.random.default_rng(seed).multinomial(n_pictures, np.full(n_pictures, 1 / n_pictures), n_resamples)
-    return torch.from_numpy(counts).float()
-
-
-def resampled_scores(activity, prediction, weights, ceiling):
-    """Scores of every vertex with pictures repeated -> {metric: (n_resamples, n_vertices)} float32 arrays.
-
-    activity, prediction (n_images, n_vertices), weights (n_resamples, n_images), ceiling (n_vertices,), NaN: unknown.
-    Sums over pictures are matrix products with the weights, in float64. NaN without any picture.
-    """
-    weights, y, x = weights.double(), activity.double(), prediction.double()
-    y, x = y - y.mean(0), x - y.mean(0)  # the same shift for both
-    n = weights.sum(1, keepdim=True)
-    n = n.where(n > 0, torch.nan)
-    sum_y, sum_x, residual = weights @ y, weights @ x, weights @ (y - x).square()
-    squares_y, squares_x = weights @ y.square(), weights @ x.square()
-    around_y, around_x = squares_y - sum_y.square() / n, squares_x - sum_x.square() / n  # about the resample's mean
-    constant_y, constant_x = around_y <= 1e-10 * squares_y, around_x <= 1e-10 * squares_x
-    product = (squares_y + squares_x - residual) / 2 - sum_y * sum_x / n
-    r = torch.where(constant_y | constant_x, 0, product / (around_y * around_x).sqrt()).clamp(-1, 1)
-    r2 = torch.where(constant_y, (residual == 0).double(), 1 - residual / around_y)
-    scores = {"r2": r2.numpy(), "r": r.numpy(), "challenge": challenge_score(r.numpy(), ceiling)}
-    return {metric: score.astype(np.float32) for metric, score in scores.items()}
-
-
-def interval(score, resampled):
-    """95 % interval of a score, or of a difference of scores, from its resampled values (n_resamples,) -> [low, high],
-    or None without any.
-
-    The middle 95 % of the resampled values, moved so that their median is the score: resamples repeat pictures, which
-    alone lowers R² by about 1 / n_images and raises the challenge score.
-    """
-    if not np.isfinite(resampled).any():
-        return None
-    low, high = np.nanquantile(resampled, (0.025, 0.975)) - np.nanmedian(resampled) + score
-    return [float(low), float(high)]
 
 
 # ---- what is written -----------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def parse_rois(space, subject):
 
 
 def draw_picture(path, picture, encoder, change, activity):
-    """The picture and, per ROI, heat maps of places and bars of layers. change (n_rois, n_layers, n_tokens): relative to
+    """The picture; per ROI a heat map of places and bars of layers. change (n_rois, n_layers, n_tokens): relative to
     reference pictures; activity (n_rois, 2): predicted, and the mean over reference pictures."""
     heat = change[:, :, encoder.trunk.n_prefix :].sum(1).reshape(-1, *encoder.trunk.grid)
     bars, end = change.sum(2), np.abs(heat).max() or 1

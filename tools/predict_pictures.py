@@ -37,7 +37,7 @@ def choose_subjects(names, predictor):
 
 
 def average_rois(activity, space, subject):
-    """Activity (n, n_vertices) -> table (n, n_rois) of means over every ROI of a subject (an index; None: the group)."""
+    """Activity (n, n_vertices) -> table (n, n_rois) of ROI means for a subject (an index; None: the group)."""
     left, means = np.arange(space.n_vertices) < space.n_lh, {}
     for names, region in roi_masks(space, subject).items():
         for hemi, part in (("both", region), ("lh", region & left), ("rh", region & ~left)):

@@ -26,9 +26,9 @@ import train_head
 from core import training
 from core.checkpoint import save_checkpoint
 from core.files import atomic_write, lock
-from core.settings import constants, run
+from core.settings import check_same, constants, run
 from model import Trunk, UserError
-from tools.compare_trunks import check_same, load_inputs
+from tools.compare_trunks import load_inputs
 
 DATA_DIR: str = "data"  # prepared data and PCA
 RUN_DIR: str = "runs/search"  # the study, its table, figures and best head
@@ -152,18 +152,14 @@ class Round(training.Run):
     def fail(self, learner):
         learner.failed = "diverged"
 
-    def validate(self, due, images):
-        due = [learner for learner in due if not learner.failed]
-        batch_size = self.settings.MICRO_BATCH or self.settings.BATCH_SIZE
-        encoders = [learner.encoder for learner in due]
-        results = training.validate(encoders, self.data, images, "val", batch_size, self.precision) if due else []
-        for learner, scores in zip(due, results):
-            learner.log.append(scores)
-            if not math.isfinite(scores["val_loss"]):
-                self.fail(learner)
-            elif scores["val_r2"] > learner.best:
-                learner.best = scores["val_r2"]
-                learner.at_best = copy.deepcopy((learner.state()["weights"], learner.step, scores))
+    def record(self, learner, scores, seconds):
+        learner.log.append(scores)
+        if scores["val_r2"] > learner.best:
+            learner.best = scores["val_r2"]
+            learner.at_best = copy.deepcopy((learner.state()["weights"], learner.step, scores))
+
+    def save(self):
+        """A round that is killed is lost."""
 
 
 def write_head(path, learner, data):
