@@ -16,7 +16,7 @@ import torch
 
 import prepare_data
 from core.files import fingerprint, load_torch, lock, save_torch
-from core.settings import check_same, choose_device, constants, progress, run, versions
+from core.settings import check_same, choose_device, progress, run, versions
 from model import UserError
 
 DATA_DIR: str = "data"  # prepared data; pca.pt is written there too
@@ -60,10 +60,8 @@ def project(data, components, mean):
     """z* (n_samples, pca_dim) and r* (n_samples,) float32 of all samples, on the CPU."""
     latents, residual = [], []
     for start in progress(range(0, len(data.subject), CHUNK), desc="projecting"):
-        y = (
-            torch.from_numpy(data.read_activity(slice(start, start + CHUNK))).to(components.device, torch.float32)
-            - mean
-        )
+        activity = torch.from_numpy(data.read_activity(slice(start, start + CHUNK)))
+        y = activity.to(components.device, torch.float32) - mean
         z = y @ components
         latents.append(z.cpu())
         residual.append((squared_norm(y) - squared_norm(z)).clamp(min=0).float().cpu())
@@ -83,7 +81,7 @@ def load(folder, data):
 
 
 def main():
-    made_with = {name: value for name, value in constants(globals()).items() if name in ("PCA_DIM", "PASSES", "SEED")}
+    made_with = {"PCA_DIM": PCA_DIM, "PASSES": PASSES, "SEED": SEED}
     device, data = choose_device(DEVICE), prepare_data.load(DATA_DIR)
     path, rows = Path(DATA_DIR) / "pca.pt", data.samples("train")
     if path.exists() and not OVERWRITE:

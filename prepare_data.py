@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from core.files import fingerprint, load_torch, lock, save_torch
-from core.settings import check_same, constants, progress, run, versions
+from core.settings import check_same, progress, run, versions
 from core.space import HEMIS, N_FSAVERAGE, ROI_GROUPS, Space
 from model import PICTURE_SIZE, UserError
 
@@ -162,9 +162,7 @@ def check_activity(path):
         raise UserError(f"{path} ({activity.dtype}) does not hold floats without NaN and infinite values.")
     mean, deviation = (np.median(np.abs(f(activity, 0, np.float32))) for f in (np.mean, np.std))
     if not 1 / 3 <= deviation <= 3 or mean > 3:
-        raise UserError(
-            f"{path} is not z-scored: median over vertices of |mean| {mean:.3g}, of deviation {deviation:.3g}."
-        )
+        raise UserError(f"{path} is not z-scored: median |mean| {mean:.3g}, median deviation {deviation:.3g}.")
 
 
 def build_space(subjects):
@@ -368,7 +366,7 @@ def assign_splits(subjects, training_ids):
 
 
 def main():
-    made_with = {name: value for name, value in constants(globals()).items() if name in ("SUBJECTS", "SPLITS", "SEED")}
+    made_with = {"SUBJECTS": SUBJECTS, "SPLITS": SPLITS, "SEED": SEED}
     path = Path(DATA_DIR) / "prepared.pt"
     if path.exists() and not OVERWRITE:
         check_same(DATA_DIR, load_torch(path, FORMAT, "prepare_data.py")["made_with"], made_with)

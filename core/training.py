@@ -193,6 +193,12 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
+    def save(self, path, data, scores, step, finished=False):
+        """Write the encoder as a checkpoint."""
+        trained = data.nsd_ids[data.image[data.samples("train")]]
+        content = dict(scores=scores, step=step, finished=finished, train_nsd_ids=trained)
+        save_checkpoint(path, self.encoder, space=data.space, made_with=self.made_with, **content)
+
     def clear_files(self, overwrite):
         """Remove the checkpoint, log and curves of an earlier run that cannot be continued."""
         if self.output.exists() and not overwrite and read_checkpoint(self.output)["step"]:
@@ -333,11 +339,7 @@ class Run:
         if not scores["val_r2"] <= learner.best:
             learner.best, learner.saved = scores["val_r2"], True
             if distributed.rank() == 0:
-                save_checkpoint(
-                    learner.output, learner.encoder, space=self.data.space, scores=scores, step=learner.step,
-                    made_with=learner.made_with, finished=False,
-                    train_nsd_ids=self.data.nsd_ids[self.data.image[self.data.samples("train")]],
-                )  # fmt: skip
+                learner.save(learner.output, self.data, scores, learner.step)
         if distributed.rank() == 0:
             on_log(learner, learner.log[-1])
 
@@ -400,8 +402,7 @@ def check_settings(settings):
     """UserError for settings that would train something else than they say."""
     s, world = SimpleNamespace(**settings), distributed.world_size()
     if s.BATCH_SIZE < 2 or s.MICRO_BATCH == 1 or s.BATCH_SIZE % (world * (s.MICRO_BATCH or 1)):
-        raise UserError(
-            f"BATCH_SIZE {s.BATCH_SIZE} is not a multiple of {world} processes x MICRO_BATCH {s.MICRO_BATCH}"
-        )
+        expected = f"a multiple of {world} processes x MICRO_BATCH {s.MICRO_BATCH or 1}"
+        raise UserError(f"BATCH_SIZE is {s.BATCH_SIZE}, expected {expected}, and no batch of 1.")
     if not 0 <= s.WARMUP_STEPS < s.STEPS or not 0 <= s.FEATURE_DROPOUT < 1 or not 0 < s.CROP_SCALE <= 1:
         raise UserError("WARMUP_STEPS must be below STEPS, FEATURE_DROPOUT in [0, 1), CROP_SCALE in (0, 1].")

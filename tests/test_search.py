@@ -131,13 +131,12 @@ def test_search(fitted, tmp_path, capsys, monkeypatch):
     """Finds a trial better than the first; diverged ones count; the study continues and is not mixed with others."""
     is_finite, diverged = training.Learner.is_finite, ("trial-0002.pt", "trial-0003.pt", "trial-0005.pt")
     monkeypatch.setattr(training.Learner, "is_finite", lambda l: l.output.name not in diverged and is_finite(l))
-    written, save = [], search.save_checkpoint
+    written, save = [], training.save_checkpoint
     settings = SEARCH | dict(DATA_DIR=fitted, HEADS=2, LEARNING_RATE_RANGE=(5e-4, 3e-2))
     folder = tmp_path / "study"
     with monkeypatch.context() as patch:
-        patch.setattr(search, "save_checkpoint", lambda path, *a, **k: written.append(path) or save(path, *a, **k))
-        patch.setattr(training, "save_checkpoint", None)  # would hold the embedding once per head
-        patch.setattr(training, "save_torch", None)
+        patch.setattr(training, "save_checkpoint", lambda path, *a, **k: written.append(path) or save(path, *a, **k))
+        patch.setattr(training, "save_torch", None)  # would hold the embedding once per head
         run_stage(search, **settings, RUN_DIR=folder, TRIALS=2)
         run_stage(search, **settings, RUN_DIR=folder, TRIALS=7)
     assert set(written) == {folder / "head.pt"} and len(written) <= 4  # at most once per round

@@ -24,7 +24,6 @@ from optuna.trial import TrialState
 
 import train_head
 from core import training
-from core.checkpoint import save_checkpoint
 from core.files import atomic_write, lock
 from core.settings import check_same, constants, run
 from model import Trunk, UserError
@@ -166,10 +165,7 @@ def write_head(path, learner, data):
     """The checkpoint of a learner at its best validation score."""
     weights, step, scores = learner.at_best
     learner.encoder.load_state_dict(weights, strict=False)
-    save_checkpoint(
-        path, learner.encoder, space=data.space, made_with=learner.made_with,
-        scores=scores, step=step, finished=True, train_nsd_ids=data.nsd_ids[data.image[data.samples("train")]],
-    )  # fmt: skip
+    learner.save(path, data, scores, step, finished=True)
 
 
 def record_round(study, folder, trials, learners, data):
@@ -212,10 +208,8 @@ def main():
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     data, pca, device, precision, inputs = load_inputs(globals(), {*training.FREE, "TRIALS", "HEADS"})
     space = distributions(pca.components.shape[1])
-    layers = space["LAYERS"].choices
-    highest = {name: getattr(kind, "high", layers[0]) for name, kind in space.items()}
-    training.check_settings(trial_settings(highest, RUN_DIR))
-    trunk = Trunk(TRUNK, ",".join(layers), image_size=IMAGE_SIZE, pretrained=PRETRAINED, seed=SEED)
+    training.check_settings(trial_settings({"FEATURE_DROPOUT": FEATURE_DROPOUT_RANGE[1]}, RUN_DIR))
+    trunk = Trunk(TRUNK, ",".join(space["LAYERS"].choices), image_size=IMAGE_SIZE, pretrained=PRETRAINED, seed=SEED)
     folder = Path(RUN_DIR)
     folder.mkdir(parents=True, exist_ok=True)
     with study_lock(folder):

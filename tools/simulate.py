@@ -1,18 +1,17 @@
 """A simulated challenge folder with planted receptive fields, areas and noise ceilings, for the demo and tests.
 
-Simulated people look at pictures made of two photographs. Each of their vertices weighs simple features of the
-picture (brightness, colour, contrast, edges) within its receptive field; noise is added up to a known ceiling:
+Simulated people look at pictures made of two photographs. Each vertex weighs simple features of the picture
+(brightness, colour, contrast, edges) within its receptive field, and noise is added:
 
     activity = sqrt(ceiling) * signal + sqrt(1 - ceiling) * noise        all with variance 1
 
 so that no model can expect more than R² = ceiling. Vertices, areas and receptive fields lie on fsaverage5's visual
-cortex about where they lie in people; nothing here is measured activity.
+cortex roughly where they lie in people; nothing here is measured activity.
 """
 
-import io
 import os
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,8 @@ from nilearn.datasets import load_fsaverage
 from PIL import Image, ImageChops, ImageDraw
 from scipy import sparse
 from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
+from scipy.stats import zscore
 from sklearn.datasets import load_sample_images
 
 from core.space import HEMIS, N_FSAVERAGE
@@ -38,55 +39,49 @@ AREA_RADIUS = 9.0  # mm, of a body, face, place or word area
 CALCARINE = ((17, -100, -1), (15, -92, 3), (14, -85, 6), (17, -78, 8), (21, -71, 6), (22, -65, 9))
 CENTRES = ((30, -88, 3), (32, -72, -12), (26, -84, 18))
 AROUND = ((44, -68, 4), (36, -56, -18), (24, -74, 34), (13, -80, 20))
-REACH = {36: CENTRES, 24: CALCARINE + AROUND}  # visual cortex is what lies within so many mm
 BORDERS = (0, 9, 16, 23, 32, 60)  # mm from the calcarine sulcus: V1, V2, V3, hV4 and the rest lie between
-AREAS = {  # {ROI group: {name: landmark}}; labels are 1, 2, … in this order
+NOWHERE = (999, 999, 999)  # for areas that BORDERS defines
+AREAS = {  # {ROI group: {name: landmark}}; labels are 1, 2, … in this order; hardly anybody has mTL, aTL
     "streams": {
-        "early": None, "midventral": (28, -78, -13), "midlateral": (36, -86, 4), "midparietal": (22, -86, 24),
+        "early": NOWHERE, "midventral": (28, -78, -13), "midlateral": (36, -86, 4), "midparietal": (22, -86, 24),
         "ventral": (36, -54, -18), "lateral": (47, -68, 4), "parietal": (26, -72, 38),
     },
-    "prf-visualrois": dict.fromkeys(("V1v", "V1d", "V2v", "V2d", "V3v", "V3d", "hV4")),
-    "floc-bodies": {  # mTL and aTL, here and below, lie beyond the rim: hardly anybody has them
-        "EBA": (47, -72, 2), "FBA-1": (42, -55, -19), "FBA-2": (41, -44, -20), "mTL-bodies": (50, -25, -22),
-    },
+    "prf-visualrois": dict.fromkeys(("V1v", "V1d", "V2v", "V2d", "V3v", "V3d", "hV4"), NOWHERE),
+    "floc-bodies": {"EBA": (47, -72, 2), "FBA-1": (42, -55, -19), "FBA-2": (41, -44, -20), "mTL-bodies": (50, -25, -22)},
     "floc-faces": {
         "OFA": (40, -79, -11), "FFA-1": (40, -59, -18), "FFA-2": (40, -46, -20),
         "mTL-faces": (48, -22, -24), "aTL-faces": (36, -8, -38),
     },
     "floc-places": {"OPA": (32, -81, 24), "PPA": (27, -50, -9), "RSC": (16, -58, 10)},
-    "floc-words": {
-        "OWFA": (36, -84, -9), "VWFA-1": (44, -62, -12), "VWFA-2": (45, -53, -16), "mfs-words": (42, -42, -20),
-    },
+    "floc-words": {"OWFA": (36, -84, -9), "VWFA-1": (44, -62, -12), "VWFA-2": (45, -53, -16), "mfs-words": (42, -42, -20)},
 }  # fmt: skip
-
-
-# ---- cortex --------------------------------------------------------------------------------------
 
 
 class Cortex:
     """The visual patch of one hemisphere of fsaverage5.
 
-    vertices (n,): fsaverage indices. white, sphere (n, 3): mm, x away from the midline, on the white surface and on the
-    sphere of radius 100 mm, which has no folds and on which distances are taken. blur (n, n) averages over neighbours.
-    depth, from_pole, height (n,): mm from the calcarine sulcus, from the occipital pole, and above the sulcus.
+    vertices (n,): fsaverage indices. white, sphere (n, 3): mm, x away from the midline; distances are taken on the
+    sphere, which has no folds. blur (n, n) averages over neighbours. depth, from_pole, height (n,): mm from the
+    calcarine sulcus, from the occipital pole, and above the sulcus.
     """
 
     def __init__(self, hemi):
-        surface, self.hemi = load_fsaverage("fsaverage5"), hemi
+        self.hemi, surface = hemi, load_fsaverage("fsaverage5")
         half, outward = ("left", [-1, 1, 1]) if hemi == "lh" else ("right", [1, 1, 1])
         self.white = surface["white_matter"].parts[half].coordinates * outward
         self.sphere = surface["sphere"].parts[half].coordinates * outward
         faces = surface["sphere"].parts[half].faces
-        inside = np.any([self.distance(self.find(marks)) < mm for mm, marks in REACH.items()], axis=0)
-        ends = faces.ravel(), np.roll(faces, 1, axis=1).ravel()  # every edge both ways: no border
-        link = sparse.coo_matrix((np.ones(faces.size, np.float32), ends), shape=(len(inside),) * 2)
-        link = (link.tocsr() + sparse.identity(len(inside), np.float32))[inside][:, inside]
-        self.blur = sparse.diags(1 / link.sum(axis=1).A1) @ link
+        inside = self.distance(self.find(CENTRES)) < 36
+        inside |= self.distance(self.find(CALCARINE + AROUND)) < 24
+        edges = faces.ravel(), np.roll(faces, 1, axis=1).ravel()  # every edge in both directions
+        links = sparse.csr_matrix((np.ones(faces.size, np.float32), edges)) + sparse.identity(len(inside), np.float32)
+        links = links[inside][:, inside]
+        self.blur = sparse.diags(1 / links.sum(axis=1).A1) @ links
         self.vertices, self.white, self.sphere = np.flatnonzero(inside), self.white[inside], self.sphere[inside]
-        marks = self.find(CALCARINE)
-        path = np.concatenate([np.linspace(a, b, 9) for a, b in pairwise(marks)])
+        sulcus = self.find(CALCARINE)
+        path = np.concatenate([np.linspace(a, b, 9) for a, b in pairwise(sulcus)])
         self.depth, nearest = cKDTree(path).query(self.sphere)
-        self.from_pole, self.height = self.distance(marks[:1]), self.sphere[:, 2] - path[nearest, 2]
+        self.from_pole, self.height = self.distance(sulcus[:1]), self.sphere[:, 2] - path[nearest, 2]
 
     def find(self, landmarks):
         """(n_landmarks, 3) places on the sphere."""
@@ -104,37 +99,58 @@ class Cortex:
         return noise.T / noise.std()
 
 
+def label_areas(cortex, rng):
+    """{ROI group: names (n,)} of one subject; rng shifts areas and borders."""
+
+    def nearest(group, radius):
+        """Number of the nearest area within radius mm, 0 where there is none."""
+        landmarks = np.array(list(AREAS[group].values()))
+        gap, vertex = cKDTree(cortex.white).query(landmarks + JITTER * rng.standard_normal(landmarks.shape))
+        distances = cdist(cortex.sphere, cortex.sphere[vertex])  # (n, n_areas)
+        distances[:, gap > AREA_RADIUS] = np.inf  # outside the patch
+        return np.where(distances.min(1) < radius, distances.argmin(1) + 1, 0)
+
+    depth = cortex.depth * (1 + 0.06 * rng.standard_normal()) + cortex.smooth(rng, 1, 20)[0]
+    dorsal = cortex.height > 0
+    band = np.searchsorted(BORDERS[1:5], depth)  # 0 V1, 1 V2, 2 V3, 3 hV4, 4 beyond
+    labels = {group: nearest(group, AREA_RADIUS) for group in AREAS}
+    labels["streams"] = np.where(band < 3, 1, nearest("streams", 30.0))
+    hv4 = (band == 3) & ~dorsal & (cortex.from_pole < 50)
+    labels["prf-visualrois"] = np.where(band < 3, 2 * band + 1 + dorsal, 7 * hv4)
+    return {group: pd.Categorical.from_codes(codes, ["Unknown", *AREAS[group]]) for group, codes in labels.items()}
+
+
 def plant(cortex, subject, vertex_step, seed):
-    """What is planted in one hemisphere of a subject -> (a row per vertex of the patch, which of them the challenge
-    folder has, the subject's random generator for the responses). Columns as in planted_fields(), and the tuning.
+    """What is planted in one hemisphere of a subject -> (table with a row per vertex of the patch, rows of the
+    vertices in the challenge folder, random generator for the responses). Columns: planted_fields()'s and the tuning.
 
     Polar angle swings from the horizontal meridian in the calcarine sulcus to the vertical one at the end of V1 and
     back in V2; eccentricity grows away from the pole, field size with both.
     """
-    key, depth = [seed, 0, 1 if cortex.hemi == "lh" else 2], cortex.depth
-    common, own = np.random.default_rng(key), np.random.default_rng([*key, subject])  # common: of all subjects
-    labels = label_areas(cortex, own)
+    key, side = ([seed, 0, 1], 0.5) if cortex.hemi == "lh" else ([seed, 0, 2], -0.5)
+    common, rng = np.random.default_rng(key), np.random.default_rng([*key, subject])  # common to all subjects
+    labels, depth = label_areas(cortex, rng), cortex.depth
     meridian = np.radians(np.interp(depth, BORDERS, [0, 80, 10, 75, 40, 0]))
     angle = -meridian * np.tanh(cortex.height / 4)  # below the sulcus one sees the upper half
     eccentricity = np.interp(cortex.from_pole, [0, 60], [0.1, 0.9]) * np.interp(depth, [23, 60], [1, 0.5])
     size = np.interp(depth, BORDERS, [0.10, 0.11, 0.13, 0.15, 0.18, 0.25]) * (0.7 + 0.6 * eccentricity)
-    shift = 0.03 * (cortex.smooth(common, 2, 20) + cortex.smooth(own, 2, 20))
-    half = 0.5 if cortex.hemi == "lh" else -0.5  # the left hemisphere sees the right half
-    x, y = 0.5 + half * eccentricity * np.cos(angle) + shift[0], 0.5 - 0.5 * eccentricity * np.sin(angle) + shift[1]
-    tuning = cortex.smooth(common, N_CHANNELS, 30) + 0.4 * cortex.smooth(own, N_CHANNELS, 30)
+    shift = 0.03 * (cortex.smooth(common, 2, 20) + cortex.smooth(rng, 2, 20))
+    x = 0.5 + side * eccentricity * np.cos(angle) + shift[0]  # the left hemisphere sees the right half
+    y = 0.5 - 0.5 * eccentricity * np.sin(angle) + shift[1]
+    tuning = cortex.smooth(common, N_CHANNELS, 30) + 0.4 * cortex.smooth(rng, N_CHANNELS, 30)
 
-    # the part of the variance due to the picture: best in V1, less at the rim, there some 0
+    # the part of the variance due to the picture: highest in V1, lower towards the rim, 0 in a few vertices
     rim = cortex.distance(cortex.sphere[np.diff(cortex.blur.indptr) < 6])  # 7 neighbours with itself inside, rarely 6
     ceiling = np.interp(depth, [0, 20, 60], [0.75, 0.65, 0.45]) * np.interp(rim, [0, 12], [0.4, 1])
-    ceiling *= np.exp(0.1 * cortex.smooth(common, 1, 10)[0] + 0.1 * cortex.smooth(own, 1, 4)[0])
-    ceiling = np.clip(ceiling * own.uniform(0.7, 1), 0, 0.9)
-    ceiling = np.where(ceiling < np.quantile(ceiling, 0.01), 0, ceiling)
+    ceiling *= np.exp(0.1 * cortex.smooth(common, 1, 10)[0] + 0.1 * cortex.smooth(rng, 1, 4)[0])
+    ceiling = np.clip(ceiling * rng.uniform(0.7, 1), 0, 0.9)
+    ceiling[ceiling < np.quantile(ceiling, 0.01)] = 0
 
     kept = np.arange(0, len(depth), vertex_step)
-    forward = kept[np.argsort(-cortex.white[kept, 1])]  # missing are the most anterior ones
+    forward = kept[np.argsort(-cortex.white[kept, 1])]  # the most anterior vertices are missing
     kept = np.setdiff1d(kept, forward[: N_MISSING.get((subject, cortex.hemi), 0)])
     columns = {"hemi": cortex.hemi, "vertex": cortex.vertices, "x": x, "y": y, "size": size, "ceiling": ceiling}
-    return pd.DataFrame(columns | labels | {c: tuning[c] for c in range(N_CHANNELS)}), kept, own
+    return pd.DataFrame(columns | labels | dict(enumerate(tuning))), kept, rng
 
 
 def planted_fields(subject, vertex_step=1, seed=0):
@@ -147,28 +163,6 @@ def planted_fields(subject, vertex_step=1, seed=0):
     return pd.concat([planted.iloc[kept] for planted, kept, _ in sides], ignore_index=True)
 
 
-def label_areas(cortex, rng):
-    """{ROI group: names (n,)} of one subject, whose borders rng shifts."""
-
-    def nearest(landmarks, radius):
-        """Number of the nearest landmark within radius mm, 0 where there is none."""
-        distances = [np.full(len(cortex.vertices), radius)]
-        for landmark in landmarks:
-            moved = np.add(landmark or np.nan, JITTER * rng.standard_normal(3))
-            in_patch = landmark and np.linalg.norm(cortex.white - moved, axis=1).min() < AREA_RADIUS
-            distances.append(cortex.distance(cortex.find([moved])) if in_patch else distances[0] + np.inf)
-        return np.argmin(distances, axis=0)
-
-    depth = cortex.depth * (1 + 0.06 * rng.standard_normal()) + cortex.smooth(rng, 1, 20)[0]
-    dorsal = cortex.height > 0
-    band = np.searchsorted(BORDERS[1:5], depth)  # 0 V1, 1 V2, 2 V3, 3 hV4, 4 beyond
-    labels = {group: nearest(marks.values(), AREA_RADIUS) for group, marks in AREAS.items()}
-    labels["streams"] = np.where(band < 3, 1, nearest(AREAS["streams"].values(), 30.0))
-    hv4 = (band == 3) & ~dorsal & (cortex.from_pole < 50)
-    labels["prf-visualrois"] = np.where(band < 3, 2 * band + 1 + dorsal, 7 * hv4)
-    return {group: pd.Categorical.from_codes(own, ["Unknown", *AREAS[group]]) for group, own in labels.items()}
-
-
 def respond(cortex, planted, features, rng):
     """(n_images, n) activity for features (n_images, N_CHANNELS, GRID * GRID)."""
     places = (np.arange(GRID) + 0.5) / GRID
@@ -179,30 +173,20 @@ def respond(cortex, planted, features, rng):
     features = (features - features.mean(0)) / features.std((0, 2), keepdims=True)
     signal = sum(features[:, c] @ pooling.T * planted[c].to_numpy() for c in range(N_CHANNELS))
     white = rng.standard_normal(signal.shape, dtype=np.float32)
-    noise = zscore(cortex.smooth(rng, len(signal), 3)) + white  # in part smooth, as in real data
+    noise = zscore(cortex.smooth(rng, len(signal), 3)) + white  # partly smooth, as in real data
     return np.sqrt(ceiling) * zscore(signal) + np.sqrt(1 - ceiling) * zscore(noise)
 
 
-def zscore(x):
-    """x (n_images, n) with mean 0 and variance 1 in every vertex."""
-    return (x - x.mean(0)) / x.std(0)
-
-
-# ---- pictures ------------------------------------------------------------------------------------
-
-
 def draw_picture(photos, rng, size):
-    """A size x size RGB picture: two views of photographs blended, some patches, coloured light; drawn at half size,
-    which halves the time."""
+    """A size x size RGB picture: two views of photographs blended, coloured light, some patches; drawn at half size."""
     half = size // 2 + 1
 
     def view(size):
-        """A crop of a photograph, zoomed, mirrored or not, in changed colours."""
+        """A crop of a photograph, mirrored or not, in changed colours."""
         photo = photos[rng.integers(len(photos))]
         side = rng.uniform(60, min(photo.size))
         left, top = rng.uniform(0, np.subtract(photo.size, side))
-        box = (left, top, left + side, top + side)
-        crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=box)
+        crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
         mix = rng.uniform(0.4, 1.3) * np.eye(3) + rng.uniform(-0.35, 0.35, (3, 3))
         crop = crop.convert("RGB", np.column_stack([mix, rng.uniform(-40, 70, 3)]).ravel().tolist())
         return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
@@ -239,45 +223,39 @@ def picture_features(picture):
 
 
 def choose_pictures(seed, n_train, n_test):
-    """{subject: (training ids, test ids)}, each sorted; the same whichever subjects are simulated.
+    """{subject: [training ids, test ids]}, each sorted; the same whichever subjects are simulated.
 
     Everyone sees the shared pictures in the same split; apart from those no two people see the same picture.
     """
     ids = iter((1 + np.random.default_rng(seed).permutation(73000)).tolist())  # NSD has 73,000
-    shared = [[next(ids) for _ in range(round(SHARED * n))] for n in (n_train, n_test)]
-    chosen = {}
-    for subject in range(1, 10):
-        chosen[subject] = ()
+    shared = [list(islice(ids, round(SHARED * n))) for n in (n_train, n_test)]
+    chosen = {subject: [] for subject in range(1, 10)}
+    for subject, splits in chosen.items():
         for n, counts, common in zip((n_train, n_test), (N_TRAINING, N_TEST), shared):
             common = common[:: 4 if subject == 9 else 1]
-            n_own = round(n * counts[subject - 1] / counts[0]) - len(common)
-            chosen[subject] += (sorted(common + [next(ids) for _ in range(n_own)]),)
+            n_others = round(n * counts[subject - 1] / counts[0]) - len(common)
+            splits.append(sorted([*common, *islice(ids, n_others)]))
     return chosen
 
 
-def write_pictures(folder, chosen, size, seed):
-    """Draw every picture once and write it for all who see it -> {nsd id: its features}."""
-    photos, paths = [Image.fromarray(photo) for photo in load_sample_images().images], {}
-    for subject, splits in chosen.items():
-        for split, ids in zip(("training", "test"), splits):
-            images = folder / f"subj{subject:02d}/{split}_split/{split}_images"
-            images.mkdir(parents=True)
-            for row, nsd_id in enumerate(ids, start=1):
-                name = f"{split.removesuffix('ing')}-{row:04d}_nsd-{nsd_id:05d}.png"
-                paths.setdefault(nsd_id, []).append(images / name)
+def write_pictures(folder, splits, size, seed):
+    """Write a subject's training and test pictures -> (n_images, N_CHANNELS, GRID * GRID) features."""
+    photos, files = [Image.fromarray(photo) for photo in load_sample_images().images], []
+    for split, ids in zip(("training", "test"), splits):
+        images = folder / f"{split}_split/{split}_images"
+        images.mkdir(parents=True)
+        files += [
+            (i, images / f"{split.removesuffix('ing')}-{row:04d}_nsd-{i:05d}.png") for row, i in enumerate(ids, 1)
+        ]
 
-    def write(nsd_id):
-        picture, file = draw_picture(photos, np.random.default_rng([seed, nsd_id]), size), io.BytesIO()
-        picture.save(file, "PNG", compress_level=1, compress_type=3)  # run lengths: fast
-        for path in paths[nsd_id]:
-            path.write_bytes(file.getbuffer())
+    def write(file):
+        nsd_id, path = file
+        picture = draw_picture(photos, np.random.default_rng([seed, nsd_id]), size)
+        picture.save(path, compress_level=1, compress_type=3)  # run lengths: fast
         return picture_features(picture)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside the GIL
-        return dict(zip(paths, pool.map(write, paths)))
-
-
-# ---- the folder ----------------------------------------------------------------------------------
+        return np.stack(list(pool.map(write, files)))
 
 
 def simulate(folder, *, subjects=range(1, 9), n_train=360, n_test=30, picture_size=425, vertex_step=1, seed=0):
@@ -286,37 +264,32 @@ def simulate(folder, *, subjects=range(1, 9), n_train=360, n_test=30, picture_si
     n_train, n_test: pictures of subj01, the others' in the proportions of the challenge; picture_size: px, 425 in the
     challenge; vertex_step: keep every n-th vertex.
     """
-    folder, chosen = Path(folder), choose_pictures(seed, n_train, n_test)
-    chosen = {subject: chosen[subject] for subject in subjects}
-    features = write_pictures(folder, chosen, picture_size, seed)
-    for hemi in HEMIS:
-        cortex = Cortex(hemi)
-        for subject, (train, test) in chosen.items():
+    cortices, chosen = [Cortex(hemi) for hemi in HEMIS], choose_pictures(seed, n_train, n_test)
+    for subject in subjects:
+        subject_folder = Path(folder) / f"subj{subject:02d}"
+        features = write_pictures(subject_folder, chosen[subject], picture_size, seed)
+        for cortex in cortices:
             planted, kept, rng = plant(cortex, subject, vertex_step, seed)
-            activity = respond(cortex, planted, np.stack([features[nsd_id] for nsd_id in train + test]), rng)
-            activity = activity.astype(np.float32)[:, kept]
-            write_hemisphere(folder / f"subj{subject:02d}", hemi, planted.iloc[kept], np.split(activity, [len(train)]))
+            activity = respond(cortex, planted, features, rng).astype(np.float32)[:, kept]
+            write_hemisphere(subject_folder, planted.iloc[kept], np.split(activity, [len(chosen[subject][0])]))
 
 
-def write_hemisphere(folder, hemi, planted, activity):
+def write_hemisphere(folder, planted, activity):
     """One hemisphere in the organisers' layout. activity: (training, test), (n_images, n_vertices) each."""
-
-    def save(name, array):
+    hemi = planted.hemi.iloc[0]
+    arrays = {
+        f"training_split/training_fmri/{hemi}_training_fmri": activity[0],
+        f"test_split/test_fmri/{hemi}_test_fmri": activity[1],
+        f"test_split/noise_ceiling/{hemi}_noise_ceiling": planted.ceiling.to_numpy(np.float32),
+    }
+    labels = {group: planted[group].cat.codes.to_numpy(np.int64) for group in AREAS}
+    for group, values in labels.items():
+        arrays[f"roi_masks/{hemi}.{group}_challenge_space"] = values
+        arrays[f"roi_masks/mapping_{group}"] = np.array(dict(enumerate(planted[group].cat.categories)), dtype=object)
+    for name, values in (labels | {"all-vertices": 1}).items():
+        fsaverage = arrays[f"roi_masks/{hemi}.{name}_fsaverage_space"] = np.zeros(N_FSAVERAGE, np.int64)
+        fsaverage[planted.vertex] = values
+    for name, array in arrays.items():
         path = folder / f"{name}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, array)
-
-    def save_mask(name, values):
-        whole = np.zeros(N_FSAVERAGE, np.int64)
-        whole[planted.vertex] = values
-        save(f"roi_masks/{hemi}.{name}_fsaverage_space", whole)
-
-    save_mask("all-vertices", 1)
-    for group in AREAS:
-        labels, names = planted[group].cat.codes.to_numpy(np.int64), planted[group].cat.categories
-        save_mask(group, labels)
-        save(f"roi_masks/{hemi}.{group}_challenge_space", labels)
-        save(f"roi_masks/mapping_{group}", np.array(dict(enumerate(names)), dtype=object))
-    save(f"training_split/training_fmri/{hemi}_training_fmri", activity[0])
-    save(f"test_split/test_fmri/{hemi}_test_fmri", activity[1])
-    save(f"test_split/noise_ceiling/{hemi}_noise_ceiling", planted.ceiling.to_numpy(np.float32))
