@@ -104,8 +104,7 @@ def create_vit(name, image_size, pretrained, seed):
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if not pretrained or "img_size" in reason or isinstance(error, AssertionError):
             raise UserError(f"timm cannot build {name} as a ViT for pictures of {image_size} px ({reason}).")
-        options = f"without a network, put them at {local}; --pretrained false uses random weights"
-        raise UserError(f"no pretrained weights for {name}: {options}. ({reason})")
+        raise UserError(f"no pretrained weights for {name}: without a network, put them at {local}. ({reason})")
     if not all(hasattr(vit, attribute) for attribute in ("blocks", "forward_intermediates", "num_prefix_tokens")):
         raise UserError(f"trunk {name} is not a ViT, expected one such as eva02_base_patch14_224.mim_in22k.")
     if image_size % vit.patch_embed.patch_size[0]:

@@ -76,7 +76,7 @@ def read_subject(folder):
         raise UserError(f"{folder.name!r} cannot name a subject: use letters, digits, _ and -; not all or group.")
     pictures, nsd_ids = list_pictures(folder / "training_split/training_images")
     if not pictures:
-        raise UserError(f"{folder}/training_split/training_images has no PNG or JPEG such as train-0001_nsd-00013.png.")
+        raise UserError(f"{folder}/training_split/training_images has no square PNG or JPEG such as train-0001.png.")
     vertices, activity, rois = {}, {}, {}
     for hemi in HEMIS:
         path = folder / f"roi_masks/{hemi}.all-vertices_fsaverage_space.npy"

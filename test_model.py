@@ -20,7 +20,8 @@ import fit_pca
 import predict
 import prepare_data
 import train_head
-from core.checkpoint import load_checkpoint, save_checkpoint
+from core.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from core.files import save_torch
 from core.scores import median_r2, r2_score
 from core.space import N_FSAVERAGE, Space
 from core.training import learning_rate, loss_of
@@ -312,6 +313,10 @@ def test_checkpoint_round_trip(trunk, space, tmp_path):
         save_checkpoint(paths[1], loaded, space=loaded_space, **record)
     assert info["made_with"] == {"STEPS": 3} and info["train_nsd_ids"].tolist() == [5, 7]
     assert loaded_space.subjects == space.subjects and torch.equal(loaded_space.mask, space.mask)
+    content = read_checkpoint(paths[1])
+    save_torch(paths[1], content | {"trunk_settings": content["trunk_settings"] | {"seed": 1}}, content["format"])
+    with pytest.raises(UserError, match="trained on other weights"):
+        load_checkpoint(paths[1])
     content = bytearray(paths[0].read_bytes())
     content[len(content) // 2] ^= 16
     paths[0].write_bytes(content)
@@ -327,7 +332,8 @@ def write_challenge_folder(root, n_pictures=40, n_test=3):
         for split, n in (("training", n_pictures), ("test", n_test)):
             (folder / f"{split}_split/{split}_images").mkdir(parents=True)
             for i in range(n):
-                name = f"{split.removesuffix('ing')}-{i + 1:04d}_nsd-{1000 * number + i:05d}.png"
+                nsd_id = 1000 * number + n - i  # not in the order of the names
+                name = f"{split.removesuffix('ing')}-{i + 1:04d}_nsd-{nsd_id:05d}.png"
                 noise = rng.integers(0, 256, (8, 8, 3), np.uint8)
                 Image.fromarray(noise).save(folder / f"{split}_split/{split}_images" / name)
         (folder / "roi_masks").mkdir()

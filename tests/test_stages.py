@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -413,6 +414,14 @@ def test_two_processes_are_one(data_dir, tmp_path):
         a, b = (load_checkpoint(tmp_path / n / name)[0].state_dict() for n in ("one", "two"))
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
+        a, b = (gradient_averages(tmp_path / n / f"{stage}.state.pt") for n in ("one", "two"))
+        assert (a - b).norm() < 1e-3 * a.norm()  # AdamW's steps do not show the gradients' scale
+
+
+def gradient_averages(path):
+    """AdamW's running means of all gradients in a state file, one after another."""
+    [state] = load_torch(path, training.FORMAT, "")["learners"]
+    return torch.cat([each["exp_avg"].flatten() for each in state["optimizer"]["state"].values()])
 
 
 # ---- submission ----------------------------------------------------------------------------------
@@ -459,6 +468,8 @@ def test_damaged_artefacts_and_numbers_that_are_not_finite(finetuned_dir, data_d
     (tmp_path / "data/pca.pt").write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         fit_pca.load(tmp_path / "data", prepare_data.load(data_dir))
+    with pytest.raises(UserError, match="fitted to other data"):
+        fit_pca.load(data_dir, SimpleNamespace(fingerprint="another"))
     encoder, space, info = load_checkpoint(finetuned_dir / "finetuned.pt")
     encoder.head.embed_weight.data[3] = math.nan
     record = {name: info[name] for name in ("made_with", "scores", "step", "finished", "train_nsd_ids")}

@@ -47,13 +47,17 @@ AREAS = {  # {ROI group: {name: landmark}}; labels are 1, 2, … in this order; 
         "ventral": (36, -54, -18), "lateral": (47, -68, 4), "parietal": (26, -72, 38),
     },
     "prf-visualrois": dict.fromkeys(("V1v", "V1d", "V2v", "V2d", "V3v", "V3d", "hV4"), NOWHERE),
-    "floc-bodies": {"EBA": (47, -72, 2), "FBA-1": (42, -55, -19), "FBA-2": (41, -44, -20), "mTL-bodies": (50, -25, -22)},
+    "floc-bodies": {
+        "EBA": (47, -72, 2), "FBA-1": (42, -55, -19), "FBA-2": (41, -44, -20), "mTL-bodies": (50, -25, -22),
+    },
     "floc-faces": {
         "OFA": (40, -79, -11), "FFA-1": (40, -59, -18), "FFA-2": (40, -46, -20),
         "mTL-faces": (48, -22, -24), "aTL-faces": (36, -8, -38),
     },
     "floc-places": {"OPA": (32, -81, 24), "PPA": (27, -50, -9), "RSC": (16, -58, 10)},
-    "floc-words": {"OWFA": (36, -84, -9), "VWFA-1": (44, -62, -12), "VWFA-2": (45, -53, -16), "mfs-words": (42, -42, -20)},
+    "floc-words": {
+        "OWFA": (36, -84, -9), "VWFA-1": (44, -62, -12), "VWFA-2": (45, -53, -16), "mfs-words": (42, -42, -20),
+    },
 }  # fmt: skip
 
 
