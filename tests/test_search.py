@@ -345,6 +345,10 @@ def test_a_trunk_that_fails_leaves_the_others(fitted, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"{OTHER}: no pretrained weights"):
         run_stage(compare_trunks, **settings, RUN_DIR=tmp_path, TRUNKS=(OTHER, TINY))
     assert pd.read_csv(tmp_path / "trunks.csv")["trunk"].tolist() == [TINY]
+    monkeypatch.setattr(training.Learner, "is_finite", lambda learner: learner.output.name != "seed-1.pt")
+    with pytest.raises(UserError, match="seed-1.pt: the loss is not finite"):
+        run_stage(compare_trunks, **settings | dict(SEEDS=2), RUN_DIR=tmp_path / "diverged", TRUNKS=(TINY,))
+    assert not (tmp_path / "diverged/trunks.csv").exists()
 
 
 def test_differences_between_trunks_are_paired():

@@ -27,7 +27,7 @@ import train_head
 from core import training
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.files import load_torch
-from core.settings import constants
+from core.settings import constants, run
 from core.space import HEMIS
 from model import Crops, Encoder, Head, Trunk, UserError
 from tests.conftest import (
@@ -422,6 +422,13 @@ def gradient_averages(path):
     """AdamW's running means of all gradients in a state file, one after another."""
     [state] = load_torch(path, training.FORMAT, "")["learners"]
     return torch.cat([each["exp_avg"].flatten() for each in state["optimizer"]["state"].values()])
+
+
+def test_what_runs_in_one_process_refuses_torchrun(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(SystemExit, match="predict.py runs in one process"):
+        monkeypatch.setattr(sys, "argv", ["predict.py"])
+        run(lambda: None, vars(predict))
 
 
 # ---- submission ----------------------------------------------------------------------------------
