@@ -24,7 +24,7 @@ import fit_pca
 import predict
 import prepare_data
 import train_head
-from core import training
+from core import checkpoint, training
 from core.checkpoint import load_checkpoint, save_checkpoint
 from core.files import load_torch
 from core.settings import constants, run
@@ -347,6 +347,30 @@ def test_log_and_checkpoint_belong_together(run_dir, data_dir, tmp_path):
     code, output = run_process("train_head.py", dies_at=("core.training", "validate", 1), **settings, OVERWRITE=True)
     assert code == -9, output
     assert not any((tmp_path / "run" / name).exists() for name in ("head.pt", "train_head.jsonl", "train_head.png"))
+
+
+def test_changed_code_is_noticed(run_dir, data_dir, tmp_path, monkeypatch, capsys):
+    """Another model.py is told when a run continues and a checkpoint loads; other parameters are refused by name."""
+    settings = HEAD | TRAINING | dict(STEPS=8, VALIDATE_EVERY=3, LEARNING_RATE=0.01, DATA_DIR=data_dir)
+    shutil.copytree(run_dir, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "SOURCE", "another")
+        patch.setattr(checkpoint, "SOURCE", "another")
+        run_stage(train_head, RUN_DIR=tmp_path / "run", **settings)
+        load_checkpoint(run_dir / "head.pt")
+    out = capsys.readouterr().out
+    assert "model.py has changed since this run began" in out and "head.pt was made with another model.py" in out
+    build = Head.__init__
+
+    def with_scale(head, *sizes, **options):
+        build(head, *sizes, **options)
+        head.scale = torch.nn.Parameter(torch.ones(1))
+
+    monkeypatch.setattr(Head, "__init__", with_scale)
+    with pytest.raises(UserError, match=r"since this run began \(head.scale\)"):
+        run_stage(train_head, RUN_DIR=tmp_path / "run", **settings)
+    with pytest.raises(UserError, match="does not fit the head in model.py: .*scale"):
+        load_checkpoint(run_dir / "head.pt")
 
 
 def test_processes_that_restored_different_steps_stop(run_dir, data_dir, tmp_path, monkeypatch):
