@@ -1,7 +1,29 @@
 """tools/benchmark.py: what a GPU is asked, at toy size on the CPU, so that nothing is found broken on the day."""
 
-from tests.conftest import run_stage
+import ast
+import sys
+
+from tests.conftest import ROOT, run_stage
 from tools import benchmark
+
+USERS = {"torch", "timm", "numpy", "sklearn", "tqdm", "PIL", "matplotlib", "filelock"}  # filelock comes with torch
+
+
+def test_a_gpu_needs_the_first_packages_only():
+    """On the machine with the GPU there may be nothing else: what benchmark.py imports, directly or not."""
+    todo, packages = ["tools.benchmark"], set()
+    modules = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in ROOT.rglob("*.py") if "env" not in p.parts
+    }
+    for name in todo:
+        for node in ast.walk(ast.parse(modules[name].read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            todo += [each for each in names if each in modules and each not in todo]
+            packages |= {each.split(".")[0] for each in names} - {module.split(".")[0] for module in modules}
+    assert packages - set(sys.stdlib_module_names) <= USERS
+    assert len(todo) > 10
 
 
 def test_parts_gpu_and_run_at_toy_size(tmp_path, capsys):
