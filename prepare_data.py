@@ -159,7 +159,7 @@ def check_activity(path):
     """Refuse NaN and activity far from z-scores: the median deviation has to be 1/3 to 3, the median |mean| below 3."""
     activity = np.array(read_npy(path))  # read once
     if activity.dtype.kind != "f" or not np.isfinite(activity).all():
-        raise UserError(f"{path} ({activity.dtype}) does not hold floats without NaN and infinite values.")
+        raise UserError(f"{path} ({activity.dtype}) must hold floats without NaN or infinite values.")
     mean, deviation = (np.median(np.abs(f(activity, 0, np.float32))) for f in (np.mean, np.std))
     if not 1 / 3 <= deviation <= 3 or mean > 3:
         raise UserError(f"{path} is not z-scored: median |mean| {mean:.3g}, median deviation {deviation:.3g}.")

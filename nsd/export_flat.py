@@ -10,7 +10,6 @@ COCO's objects and captions. Each shard is written atomically: a killed run cont
 import ast
 import functools
 import io
-import itertools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -51,29 +50,25 @@ REPETITIONS = [f"subject{subject}_rep{repetition}" for subject in range(1, 9) fo
 
 def schema(made_from):
     """NSD-Flat's columns, with the metadata by which Hugging Face's library shows PNGs as pictures."""
-    text, whole, number, lists = pyarrow.string(), pyarrow.int64(), pyarrow.float64(), pyarrow.list_
-    picture = pyarrow.struct({"bytes": pyarrow.binary(), "path": text})
-    segmentation = pyarrow.struct({"counts": text, "poly": lists(lists(number)), "size": lists(whole)})
+    picture = {"bytes": b"", "path": ""}
     objects = {
-        "area": whole, "bbox": lists(number), "category": text, "iscrowd": whole, "segmentation": segmentation,
-        "supercategory": text, "target": whole,
+        "area": [0], "bbox": [[0.0]], "category": [""], "iscrowd": [0],
+        "segmentation": [{"counts": "", "poly": [[0.0]], "size": [0]}], "supercategory": [""], "target": [0],
     }  # fmt: skip
-    columns = dict.fromkeys(("subject_id", "trial_id", "session_id", "nsd_id"), whole)
-    columns |= {"image": picture, "activity": picture, "subject": text} | dict.fromkeys(FLAGS, pyarrow.bool_())
-    columns |= {"coco_split": text, "coco_id": whole}
-    columns["objects"] = pyarrow.struct({name: lists(kind) for name, kind in objects.items()})
-    columns |= {"captions": lists(text), "repetitions": pyarrow.struct(dict.fromkeys(REPETITIONS, whole))}
+    row = {
+        "subject_id": 0, "trial_id": 0, "session_id": 0, "nsd_id": 0, "image": picture, "activity": picture,
+        "subject": "", **dict.fromkeys(FLAGS, False), "coco_split": "", "coco_id": 0, "objects": objects,
+        "captions": [""], "repetitions": dict.fromkeys(REPETITIONS, 0),
+    }  # fmt: skip
     features = {name: {"_type": "Image"} for name in ("image", "activity")}
     metadata = {"huggingface": json.dumps({"info": {"features": features}}), "made_from": made_from}
-    return pyarrow.schema(list(columns.items()), metadata=metadata)
+    return pyarrow.Table.from_pylist([row]).schema.with_metadata(metadata)  # types are those of the values
 
 
 def load_surface(folder):
     """{hemi: places on the map (163842, 2) in mm}."""
-    places = {}
-    for hemi in HEMIS:
-        gifti = nibabel.load(Path(folder) / f"flat_{hemi}.gii")
-        places[hemi] = np.asarray(gifti.agg_data("pointset"), np.float64)[:, :2]
+    surfaces = {hemi: nibabel.load(Path(folder) / f"flat_{hemi}.gii") for hemi in HEMIS}
+    places = {hemi: gifti.agg_data("pointset")[:, :2].astype(np.float64) for hemi, gifti in surfaces.items()}
     places["lh"][:, 0] += -2 - places["lh"][:, 0].max()
     places["rh"][:, 0] += 2 - places["rh"][:, 0].min()
     return places
@@ -91,45 +86,42 @@ def resampler(places):
 
 
 def read_session(name, session, vertices):
-    """{hemi: betas (n_trials, n_vertices)} of a subject's session, counted from 0."""
-    paths = {hemi: Path(NSD_DIR) / prepare_nsd.BETAS.format(name, hemi, session + 1) for hemi in HEMIS}
-    return {hemi: prepare_nsd.read_trials(paths[hemi], TRIALS_PER_SESSION, vertices[hemi]) for hemi in HEMIS}
+    """Betas (n_trials, n_vertices of both hemispheres) of a subject's session, counted from 0."""
+    paths = [Path(NSD_DIR) / prepare_nsd.BETAS.format(name, hemi, session + 1) for hemi in HEMIS]
+    betas = [prepare_nsd.read_trials(path, TRIALS_PER_SESSION, vertices[hemi]) for path, hemi in zip(paths, HEMIS)]
+    return np.concatenate(betas, axis=1)
 
 
 def complete_vertices(name, n_sessions, mask):
     """{hemi: vertices of the mask (n,) that are NaN in none of the subject's trials}."""
-    missing = {hemi: np.zeros(len(mask[hemi]), bool) for hemi in HEMIS}
+    complete = np.ones(sum(map(len, mask.values())), bool)
     for session in progress(range(n_sessions), desc=f"{name}: missing vertices", unit="session"):
-        for hemi, betas in read_session(name, session, mask).items():
-            missing[hemi] |= np.isnan(betas).any(0)
-    return {hemi: mask[hemi][~missing[hemi]] for hemi in HEMIS}
+        complete &= ~np.isnan(read_session(name, session, mask)).any(0)
+    sides = np.split(complete, [len(mask["lh"])])
+    return {hemi: mask[hemi][side] for hemi, side in zip(HEMIS, sides)}
 
 
-def session_maps(name, session, trials, vertices, weights):
-    """Maps (len(trials), 215, 200) uint8 of some trials of a session; both are counted from 0."""
-    betas = read_session(name, session, vertices)
-    for hemi in HEMIS:
-        prepare_nsd.zscore(betas[hemi])
-    activity = np.concatenate([betas[hemi][trials] for hemi in HEMIS], axis=1)
-    maps = np.full((len(trials), weights.shape[0]), OUTSIDE, np.uint8)
-    is_inside = np.diff(weights.indptr) > 0
-    for i in range(0, len(trials), ROWS_PER_GROUP):  # limits the memory in float64
-        z = np.clip((weights[is_inside] @ activity[i : i + ROWS_PER_GROUP].T).T, -Z_LIMIT, Z_LIMIT)
-        maps[i : i + len(z), is_inside] = ((z + Z_LIMIT) / (2 * Z_LIMIT) * 255).astype(np.uint8)
-    return maps.reshape(-1, *MAP_SHAPE)
+def draw_map(activity, weights):
+    """Activity (n_vertices,) of a trial -> map (215, 200) uint8."""
+    z = np.clip(weights @ activity, -Z_LIMIT, Z_LIMIT)
+    levels = ((z + Z_LIMIT) / (2 * Z_LIMIT) * 255).astype(np.uint8)
+    levels[np.diff(weights.indptr) == 0] = OUTSIDE
+    return levels.reshape(MAP_SHAPE)
 
 
 def plan_shards(shown):
-    """{file name: [(subject, trial)]}, trials counted from 0. shown: see prepare_nsd.survey()."""
-    shards, trials = {}, {"train": [], "test": []}
+    """{file name: DataFrame with subject, session and trial (from 0), nsd_id}. shown: see prepare_nsd.survey()."""
+    subjects, shards = [], {}
     for name, nsd_ids in shown.items():
-        n_train = nsd_ids[: -prepare_nsd.N_TEST_SESSIONS].size
-        trials["train"] += [(name, trial) for trial in range(n_train)]
-        trials["test"] += [(name, trial) for trial in range(n_train, nsd_ids.size)]
-    for split, every in trials.items():
-        n = -(-len(every) // ROWS_PER_SHARD)
+        trials = pd.DataFrame({"subject": name, "trial": np.arange(nsd_ids.size), "nsd_id": nsd_ids.ravel()})
+        trials["session"] = trials.trial // TRIALS_PER_SESSION
+        n_training = len(nsd_ids) - prepare_nsd.N_TEST_SESSIONS
+        subjects.append(trials.assign(split=np.where(trials.session < n_training, "train", "test")))
+    for split, trials in pd.concat(subjects).groupby("split", sort=False):
+        n = -(-len(trials) // ROWS_PER_SHARD)
         for i in range(n):
-            shards[f"{split}-{i:05d}-of-{n:05d}.parquet"] = every[i * len(every) // n : (i + 1) * len(every) // n]
+            rows = slice(i * len(trials) // n, (i + 1) * len(trials) // n)
+            shards[f"{split}-{i:05d}-of-{n:05d}.parquet"] = trials[rows]
     return shards
 
 
@@ -139,36 +131,37 @@ def png(values):
     return {"bytes": file.getvalue(), "path": None}
 
 
-def record(name, infos, annotations, trial, nsd_id, picture, activity):
-    """One row. infos: lines of STIMULUS_INFO by nsd id; picture (425, 425, 3), activity (215, 200): uint8."""
+def record(name, weights, infos, annotations, trial, nsd_id, picture, activity):
+    """One row. infos: lines of STIMULUS_INFO by nsd id; picture (425, 425, 3) uint8; activity: see draw_map()."""
     info = infos[nsd_id]
     objects, captions = coco.convert(annotations[info["cocoSplit"], info["cocoId"]], ast.literal_eval(info["cropBox"]))
     small = Image.fromarray(picture).resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
     return {
         "subject_id": prepare_nsd.EVERYBODY.index(name), "trial_id": trial, "session_id": trial // TRIALS_PER_SESSION,
-        "nsd_id": nsd_id, "image": png(np.asarray(small)), "activity": png(activity), "subject": name,
-        **{flag: bool(info[flag]) for flag in FLAGS}, "coco_split": info["cocoSplit"], "coco_id": info["cocoId"],
-        "objects": objects, "captions": captions, "repetitions": {column: info[column] for column in REPETITIONS},
+        "nsd_id": nsd_id, "image": png(np.asarray(small)), "activity": png(draw_map(activity, weights)),
+        "subject": name, **{flag: bool(info[flag]) for flag in FLAGS}, "coco_split": info["cocoSplit"],
+        "coco_id": info["cocoId"], "objects": objects, "captions": captions,
+        "repetitions": {column: info[column] for column in REPETITIONS},
     }  # fmt: skip
 
 
-def write_shard(path, trials, columns, shown, vertices, weights, infos, annotations, bar):
-    """trials [(subject, trial)]; shown, vertices, weights: {subject: ...}."""
+def write_shard(path, trials, columns, grids, infos, annotations, bar):
+    """trials: see plan_shards(); columns: the schema; grids {subject: (vertices, weights)}."""
     with (
         h5py.File(Path(NSD_DIR) / prepare_nsd.STIMULI, locking=False) as stimuli,
         ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow encodes outside Python's lock
         atomic_write(path) as file,
         pyarrow.parquet.ParquetWriter(file, columns) as writer,
     ):
-        for (name, session), part in itertools.groupby(trials, lambda t: (t[0], t[1] // TRIALS_PER_SESSION)):
-            part = [trial for _, trial in part]
-            maps = session_maps(name, session, np.array(part) % TRIALS_PER_SESSION, vertices[name], weights[name])
-            build = functools.partial(record, name, infos, annotations)
+        for (name, session), part in trials.groupby(["subject", "session"]):
+            vertices, weights = grids[name]
+            activity = read_session(name, session, vertices)
+            prepare_nsd.zscore(activity)
+            build = functools.partial(record, name, weights, infos, annotations)
             for i in range(0, len(part), ROWS_PER_GROUP):
-                group = part[i : i + ROWS_PER_GROUP]
-                ids = shown[name].flat[group].tolist()
+                group, ids = part.trial[i : i + ROWS_PER_GROUP], part.nsd_id[i : i + ROWS_PER_GROUP]
                 pictures = [stimuli["imgBrick"][nsd_id] for nsd_id in ids]
-                rows = list(pool.map(build, group, ids, pictures, maps[i : i + ROWS_PER_GROUP]))
+                rows = list(pool.map(build, group, ids, pictures, activity[group % TRIALS_PER_SESSION]))
                 writer.write_table(pyarrow.Table.from_pylist(rows, columns))
                 bar.update(len(rows))
 
@@ -176,11 +169,11 @@ def write_shard(path, trials, columns, shown, vertices, weights, infos, annotati
 def main():
     output, root = Path(FLAT_DIR) / "data", Path(NSD_DIR)
     n_sessions = prepare_nsd.choose_subjects(root, SUBJECTS, N_SESSIONS)
-    prepare_nsd.require(root, [STIMULUS_INFO])
+    prepare_nsd.check_files(root, [STIMULUS_INFO])
     shown, _ = prepare_nsd.survey(root, n_sessions, TRIALS_PER_SESSION, labels=False)
     mask, surface = prepare_nsd.read_mask(root, RSC_DIR), load_surface(SURFACE_DIR)
     made_from = fingerprint(shown, mask, surface)
-    columns, shards = schema(made_from), plan_shards(shown)
+    shards = plan_shards(shown)
     for path in output.glob("*.parquet"):
         before = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"made_from")
         if path.name not in shards or before != made_from.encode():
@@ -190,13 +183,13 @@ def main():
     infos = pd.read_csv(root / STIMULUS_INFO, index_col="nsdId").loc[ids].to_dict("index")
     pictures = {(info["cocoSplit"], info["cocoId"]) for info in infos.values()}
     annotations = coco.read_annotations(COCO_DIR, pictures) if shards else {}
-    vertices, weights = {}, {}
-    for name in sorted({name for trials in shards.values() for name, _ in trials}):
-        vertices[name] = complete_vertices(name, n_sessions[name], mask)
-        weights[name] = resampler(np.concatenate([surface[hemi][vertices[name][hemi]] for hemi in HEMIS]))
+    grids = {}
+    for name in sorted(set().union(*(trials.subject for trials in shards.values()))):
+        vertices = complete_vertices(name, n_sessions[name], mask)
+        grids[name] = vertices, resampler(np.concatenate([surface[hemi][vertices[hemi]] for hemi in HEMIS]))
     with lock(FLAT_DIR), progress(total=sum(map(len, shards.values())), desc="writing trials", unit="trial") as bar:
         for name, trials in shards.items():
-            write_shard(output / name, trials, columns, shown, vertices, weights, infos, annotations, bar)
+            write_shard(output / name, trials, schema(made_from), grids, infos, annotations, bar)
     print(f"wrote {output}: {sum(nsd_ids.size for nsd_ids in shown.values())} trials of {', '.join(shown)}")
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow
+import pyarrow.dataset
 import pyarrow.parquet
 import torch
 from PIL import Image
@@ -46,28 +47,26 @@ BATCH = 100  # rows read at a time
 
 def find_files(folder):
     """Paths of the training shards, then of the test shards, each sorted; all have to be there."""
-    paths = sorted(Path(folder).rglob("*.parquet"))
-    paths = [path for path in paths if "@eaDir" not in path.parts]  # where network storage keeps thumbnails
-    shards = {split: [path for path in paths if path.name.startswith(split)] for split in ("train", "test")}
-    if not shards["train"]:
-        raise UserError(f"{folder} has no train-*.parquet: download huggingface.co/datasets/clane9/NSD-Flat to it.")
-    for split, files in shards.items():
-        totals = {int(total) for path in files for total in re.findall(r"-of-(\d+)", path.name)}
-        if totals and {len(files)} != totals:  # the trials of a picture are in several shards
-            raise UserError(f"{folder} has {len(files)} of {max(totals)} {split} shards: download the others.")
-    return shards["train"] + shards["test"]
+    files = []
+    for split in ("train", "test"):
+        shards = sorted(Path(folder).rglob(f"{split}*.parquet"))
+        shards = [path for path in shards if "@eaDir" not in path.parts]  # where network storage keeps thumbnails
+        totals = {int(total) for path in shards for total in re.findall(r"-of-(\d+)", path.name)}
+        if totals and {len(shards)} != totals:  # the trials of a picture are in several shards
+            raise UserError(f"{folder} has {len(shards)} of {max(totals)} {split} shards: download the others.")
+        files += shards
+        if not files:
+            raise UserError(f"{folder} has no train-*.parquet: download huggingface.co/datasets/clane9/NSD-Flat to it.")
+    return files
 
 
 def read_trials(files):
     """One row per trial, in the files' order, with the columns test (bool), subject_id (from 0), nsd_id, trial_id."""
-    frames = []
-    for path in files:
-        names = pyarrow.parquet.read_schema(path).names
-        wanted = [name for name in ("subject_id", "nsd_id", "trial_id") if name in names]  # older ones lack trial_id
-        with pyarrow.parquet.ParquetFile(path) as file:
-            frames.append(file.read(wanted).to_pandas().assign(test=path.name.startswith("test")))
-    trials = pd.concat(frames, ignore_index=True).astype({"subject_id": int, "nsd_id": int})
-    if "trial_id" in trials and trials[trials.trial_id.notna()].duplicated(["subject_id", "trial_id"]).any():
+    dataset = pyarrow.dataset.dataset(files)
+    columns = [name for name in ("subject_id", "nsd_id", "trial_id") if name in dataset.schema.names]
+    trials = dataset.to_table([*columns, "__filename"]).to_pandas()  # older revisions lack trial_id
+    trials["test"] = [Path(name).name.startswith("test") for name in trials.pop("__filename")]
+    if "trial_id" in columns and trials.dropna().duplicated(["subject_id", "trial_id"]).any():
         raise UserError(f"{FLAT_DIR} has the same trial in several files: remove the copies.")
     return trials
 
@@ -76,7 +75,7 @@ def decode(files, name, trials, function):
     """Yield function(PNG) of some trials in one column, decoded in threads. trials: their numbers, sorted."""
     start = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside Python's lock
-        for path in files:
+        for path in files:  # a dataset's scanner reads 2 GB ahead
             with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
                 for batch in file.iter_batches(BATCH, columns=[name]):
                     first, last = np.searchsorted(trials, (start, start + len(batch)))
@@ -85,18 +84,12 @@ def decode(files, name, trials, function):
                     start += len(batch)
 
 
-def read_map(file):
-    """A PNG of the flat cortex -> (215 * 200,) uint8."""
-    return np.asarray(Image.open(file)).ravel()
-
-
 def sum_maps(files, trials, rows, subject_of_row):
     """Sum of each row's maps (n_rows, 215 * 200) uint16, which pixels are inside for a subject (n_subjects, 215 * 200).
     trials: numbers of the trials used, sorted; rows: the row that each is added to."""
-    n_pixels = MAP_SHAPE[0] * MAP_SHAPE[1]
-    sums = np.zeros((len(subject_of_row), n_pixels), np.uint16)  # 6.6 GB for all of NSD-Flat
-    inside = np.zeros((subject_of_row.max() + 1, n_pixels), bool)
-    maps = decode(files, "activity", trials, read_map)
+    sums = np.zeros((len(subject_of_row), np.prod(MAP_SHAPE)), np.uint16)  # 6.6 GB for all of NSD-Flat
+    inside = np.zeros((subject_of_row.max() + 1, np.prod(MAP_SHAPE)), bool)
+    maps = decode(files, "activity", trials, lambda file: np.asarray(Image.open(file)).ravel())
     for row, values in zip(rows, progress(maps, total=len(trials), desc="averaging maps", unit="trial")):
         sums[row] += values
         inside[subject_of_row[row]] |= values != OUTSIDE
@@ -107,34 +100,33 @@ def pixel_space(names, inside):
     """inside (n_subjects, 215 * 200) bool -> Space; its vertices are places on the map, row by row."""
     left = np.arange(inside.shape[1]) % MAP_SHAPE[1] < MAP_SHAPE[1] // 2
     sides = [np.flatnonzero(inside.any(0) & side) for side in (left, ~left)]
-    pixels = np.concatenate(sides)
-    mask = torch.from_numpy(inside[:, pixels])
-    return Space(names, torch.from_numpy(pixels), len(sides[0]), mask, {}, unit="pixels")
+    pixels = torch.from_numpy(np.concatenate(sides))
+    return Space(names, pixels, len(sides[0]), torch.from_numpy(inside)[:, pixels], {}, unit="pixels")
 
 
 def prepare(made_with):
-    splitters = {"pictures": prepare_data.split_pictures, "shared": prepare_data.split_shared}
-    if SPLITS not in splitters:
+    if SPLITS not in ("pictures", "shared"):
         raise UserError(f"SPLITS is {SPLITS}, expected pictures or shared.")
+    split_by = prepare_data.split_pictures if SPLITS == "pictures" else prepare_data.split_shared
     files = find_files(FLAT_DIR)
     trials = read_trials(files)
     ids = {f"subj{i + 1:02d}": i for i in np.unique(trials.subject_id).tolist()}
-    names = sorted(filter(None, re.split(r"[,\s]+", SUBJECTS))) or list(ids)
+    names = sorted(SUBJECTS.replace(",", " ").split()) or list(ids)
     if set(names) - ids.keys():
         raise UserError(f"SUBJECTS is {SUBJECTS}, but {FLAT_DIR} has {', '.join(ids)}.")
+    numbers = [ids[name] for name in names]
     trained = trials.nsd_id[~trials.test].unique()  # by anybody: no test pictures
-    is_used = trials.subject_id.isin([ids[name] for name in names]) & ~(trials.test & trials.nsd_id.isin(trained))
-    used = trials[is_used]
+    used = trials[trials.subject_id.isin(numbers) & ~(trials.test & trials.nsd_id.isin(trained))]
     groups = used.groupby(["test", "subject_id", "nsd_id"])  # sorted: training rows first, subject by subject
     n_trials = groups.size()
     test, subject, nsd_id = (n_trials.index.get_level_values(i).to_numpy() for i in range(3))
-    subject = np.searchsorted([ids[name] for name in names], subject)
+    subject = np.searchsorted(numbers, subject)
     first = used.drop_duplicates("nsd_id").nsd_id  # first trial of each picture, training pictures first
-    image = pd.Series(range(len(first)), index=first)[nsd_id].to_numpy()
+    image = pd.Index(first).get_indexer(nsd_id)
     training_ids, training_row = np.unique(nsd_id[~test], return_inverse=True)
     seen = np.zeros((len(training_ids), len(names)), bool)
     seen[training_row, subject[~test]] = True
-    split = splitters[SPLITS](seen, SEED)
+    split = split_by(seen, SEED)
     if not all(seen[split == i].any(0).all() for i in (0, 1)):
         raise UserError(f"{FLAT_DIR} has a subject with too few pictures to train and validate with.")
     samples = {
@@ -162,11 +154,11 @@ def prepare(made_with):
 def main():
     made_with = {"SUBJECTS": SUBJECTS, "SPLITS": SPLITS, "SEED": SEED, "SOURCE": "NSD-Flat"}
     path = Path(DATA_DIR) / "prepared.pt"
-    if not path.exists() or OVERWRITE:
+    if path.exists() and not OVERWRITE:
+        check_same(DATA_DIR, load_torch(path, prepare_data.FORMAT, "prepare_flat.py")["made_with"], made_with)
+        print(f"{DATA_DIR} is already prepared; --overwrite true prepares it again")
+    else:
         prepare(made_with)
-        return
-    check_same(DATA_DIR, load_torch(path, prepare_data.FORMAT, "prepare_flat.py")["made_with"], made_with)
-    print(f"{DATA_DIR} is already prepared; --overwrite true prepares it again")
 
 
 if __name__ == "__main__":

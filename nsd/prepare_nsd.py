@@ -16,7 +16,6 @@ Each subject's folder is written atomically: a killed run continues with the nex
 
 import json
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,7 +40,6 @@ N_SESSIONS: tuple[int, ...] = (40, 40, 32, 30, 40, 32, 40, 30)  # of subj01, sub
 TRIALS_PER_SESSION: int = 750  # fewer only in miniature data
 OVERWRITE: bool = False  # prepare subjects again that are in CHALLENGE_DIR already
 
-BUCKET = "s3://natural-scenes-dataset"
 EVERYBODY = tuple(f"subj{number:02d}" for number in range(1, 9))
 N_TEST_SESSIONS = 3  # held out by the challenge
 FINISHERS = ("subj01", "subj02", "subj05", "subj07")  # all 40 sessions: they saw every shared picture three times
@@ -65,16 +63,16 @@ NOTE = "prepare_nsd.json"  # in each subject's folder: settings and counts
 
 def choose_subjects(root, subjects, n_sessions):
     """{name: number of sessions} of the subjects asked for, or of all whose betas are there."""
-    names = sorted(filter(None, re.split(r"[,\s]+", subjects)))
-    names = names or sorted(p.name for p in Path(root).glob("nsddata_betas/ppdata/subj0[1-8]")) or EVERYBODY
+    present = sorted(path.name for path in Path(root).glob("nsddata_betas/ppdata/subj0[1-8]"))
+    names = sorted(subjects.replace(",", " ").split()) or present or EVERYBODY
     if set(names) - set(EVERYBODY):
         raise UserError(f"SUBJECTS is {subjects}, expected some of subj01 to subj08.")
     return {name: n_sessions[EVERYBODY.index(name)] for name in names}
 
 
 def survey(root, n_sessions, n_trials, labels=True):
-    """Check that all input files are there and whole, before the hours of work -> {name: nsd ids shown (n_sessions,
-    n_trials)}, nsd ids of the shared pictures (n,); both from 0.
+    """Check all input files before the hours of work -> {name: nsd ids shown (n_sessions, n_trials)}, nsd ids of the
+    shared pictures (n,); both from 0.
 
     n_sessions: {name: number}; n_trials: per session; labels: whether ROIs and ncsnr are needed.
     """
@@ -85,9 +83,7 @@ def survey(root, n_sessions, n_trials, labels=True):
             others += [path.format(name, hemi) for path in (NCSNR, TRANSFORM) for hemi in HEMIS]
             others += [LABEL.format(name, f"{hemi}.{group}.mgz") for group in ROI_GROUPS for hemi in HEMIS]
             others += [LABEL.format(name, f"{group}.mgz.ctab") for group in ROI_GROUPS]
-    require(root, others + betas)
-    for path in betas:
-        check_betas(Path(root) / path, n_trials)
+    check_files(root, others, betas, n_trials)
     content = scipy.io.loadmat(Path(root) / DESIGN)
     order, pictures, shared = (content[name].astype(np.int64) for name in ("masterordering", "subjectim", "sharedix"))
     if min(order.min(), pictures.min(), shared.min()) < 1:
@@ -97,19 +93,17 @@ def survey(root, n_sessions, n_trials, labels=True):
     return shown, shared.ravel() - 1
 
 
-def require(root, paths):
-    """Raise UserError with the bucket path of each file that is missing below root."""
-    missing = [f"  {BUCKET}/{path}" for path in paths if not (Path(root) / path).is_file()]
+def check_files(root, others, betas=(), n_trials=None):
+    """Raise UserError with the bucket path of each file that is missing below root, and for betas that do not have
+    exactly n_trials: all later trials would get the wrong pictures."""
+    missing = [path for path in [*others, *betas] if not (Path(root) / path).is_file()]
     if missing:
-        listed = "\n".join(missing)
+        listed = "\n".join(f"  s3://natural-scenes-dataset/{path}" for path in missing)
         raise UserError(f"{root} lacks {len(missing)} files; download them to the same paths below it:\n{listed}")
-
-
-def check_betas(path, n_trials):
-    """Raise UserError unless path has exactly n_trials: otherwise all later trials get the wrong pictures."""
-    header, n_bytes = np.fromfile(path, ">i4", 6).tolist(), path.stat().st_size
-    if header != [1, N_FSAVERAGE, 1, 1, n_trials, 3] or n_bytes < MGH_HEADER + 4 * N_FSAVERAGE * n_trials:
-        raise UserError(f"{path} does not have {n_trials} trials (TRIALS_PER_SESSION): download it again.")
+    for path in [Path(root) / path for path in betas]:
+        header, n_bytes = np.fromfile(path, ">i4", 6).tolist(), path.stat().st_size
+        if header != [1, N_FSAVERAGE, 1, 1, n_trials, 3] or n_bytes < MGH_HEADER + 4 * N_FSAVERAGE * n_trials:
+            raise UserError(f"{path} does not have {n_trials} trials (TRIALS_PER_SESSION): download it again.")
 
 
 def read_trials(path, n_trials, vertices):
@@ -154,9 +148,8 @@ def read_labels(root, name, group):
         if index.min() < 1 or len(index) != N_FSAVERAGE:
             raise UserError(f"{TRANSFORM.format(name, hemi)}: expected {N_FSAVERAGE} vertices, counted from 1.")
         labels[hemi] = native[index - 1].astype(np.int64)
-    lines = (Path(root) / LABEL.format(name, f"{group}.mgz.ctab")).read_text().splitlines()
-    pairs = [line.split()[:2] for line in lines if line.strip()]
-    return labels, {int(label): roi for label, roi in pairs}
+    table = np.loadtxt(Path(root) / LABEL.format(name, f"{group}.mgz.ctab"), str, usecols=(0, 1), ndmin=2).tolist()
+    return labels, {int(label): roi for label, roi in table}
 
 
 def split_trials(name, shown, shared):
@@ -223,26 +216,19 @@ def write_subject(root, name, shown, shared, mask, folder):
     return counts
 
 
-def write_pictures(path, rows, outputs, side=425, at_once=128):
+def write_pictures(path, rows, outputs, side=425):
     """PNGs of the central side x side px of pictures in an HDF5 file. rows: which; outputs: paths of the PNGs."""
+
+    def write(row, output):
+        picture = file["imgBrick"][row]
+        top, left = (np.array(picture.shape[:2]) - side) // 2
+        Image.fromarray(picture[top : top + side, left : left + side].copy()).save(output)
+
     with (
         h5py.File(path, locking=False) as file,  # network file systems may have no locks
         ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow encodes outside Python's lock
     ):
-        for start in progress(range(0, len(rows), at_once), desc="pictures", unit=f"{at_once} pictures"):
-            pictures = [file["imgBrick"][row] for row in rows[start : start + at_once]]
-            top, left = (np.array(pictures[0].shape[:2]) - side) // 2
-            pictures = [Image.fromarray(p[top : top + side, left : left + side].copy()) for p in pictures]
-            list(pool.map(Image.Image.save, pictures, outputs[start : start + at_once]))
-
-
-def read_note(folder, settings):
-    """The note of a finished subject; UserError if other settings made it."""
-    note = json.loads((folder / NOTE).read_text()) if (folder / NOTE).is_file() else {}
-    if settings.items() - note.items():
-        raise UserError(f"{folder} was made with {note}, not {settings}: choose another CHALLENGE_DIR.")
-    print(f"{folder} is finished already")
-    return note
+        list(progress(pool.map(write, rows, outputs), total=len(outputs), desc="pictures", unit="picture"))
 
 
 def main():
@@ -250,7 +236,11 @@ def main():
     settings = {"n_trials": TRIALS_PER_SESSION, "retrosplenial": bool(RSC_DIR)}
     todo = choose_subjects(NSD_DIR, SUBJECTS, N_SESSIONS)
     for name in [name for name in todo if (output / name).exists() and not OVERWRITE]:
-        notes[name] = read_note(output / name, settings | {"sessions": todo.pop(name)})
+        path, expected = output / name / NOTE, settings | {"sessions": todo.pop(name)}
+        notes[name] = json.loads(path.read_text()) if path.exists() else {}
+        if expected.items() - notes[name].items():
+            raise UserError(f"{path.parent} was made with {notes[name]}, not {expected}: choose another CHALLENGE_DIR.")
+        print(f"{path.parent} is finished already")
     shown, shared = survey(NSD_DIR, todo, TRIALS_PER_SESSION) if todo else ({}, [])
     mask = read_mask(NSD_DIR, RSC_DIR) if todo else {}
     with lock(output):

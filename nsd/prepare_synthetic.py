@@ -66,8 +66,8 @@ def write_subject(root, name, picture, masks, folder):
         (folder / "test_split" / part).mkdir(parents=True)
     ids = FIRST_ID + np.arange(N_SHARED + N_OWN)
     ids[N_SHARED:] += N_OWN * prepare_nsd.EVERYBODY.index(name)  # nobody else's
-    names = [f"test-{row:04d}_nsd-{i:05d}.png" for row, i in enumerate(ids, start=1)]
-    outputs = [folder / "test_split/test_images" / name for name in names]
+    images = folder / "test_split/test_images"
+    outputs = [images / f"test-{row:04d}_nsd-{i:05d}.png" for row, i in enumerate(ids, start=1)]
     prepare_nsd.write_pictures(root / STIMULI, range(N_SHARED), outputs[:N_SHARED], side=714)
     prepare_nsd.write_pictures(root / OWN_STIMULI.format(name), range(N_OWN), outputs[N_SHARED:], side=714)
     for hemi in HEMIS:
@@ -82,9 +82,7 @@ def write_subject(root, name, picture, masks, folder):
 def main():
     root, names = Path(NSD_DIR), [s.name for s in prepare_data.read_folder(CHALLENGE_DIR, SUBJECTS)]
     betas = [BETAS.format(name, hemi) for name in names for hemi in HEMIS]
-    prepare_nsd.require(root, [DESIGN, STIMULI, *map(OWN_STIMULI.format, names), *betas])
-    for path in betas:
-        prepare_nsd.check_betas(root / path, TRIALS_PER_SESSION)
+    prepare_nsd.check_files(root, [DESIGN, STIMULI, *map(OWN_STIMULI.format, names)], betas, TRIALS_PER_SESSION)
     picture = scipy.io.loadmat(root / DESIGN)["masterordering"].ravel().astype(np.int64) - 1
     if (len(picture), picture.min(), picture.max()) != (TRIALS_PER_SESSION, 0, N_SHARED + N_OWN - 1):
         raise UserError(f"{DESIGN} has other trials than {TRIALS_PER_SESSION} of pictures 1 to {N_SHARED + N_OWN}.")

@@ -22,13 +22,14 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch.nn.functional import pad
 
 import predict
 import prepare_data
-from core.checkpoint import load_checkpoint, save_checkpoint
+from core.checkpoint import save_checkpoint
 from core.files import output_folder
 from core.scores import median, r2_score
-from core.settings import choose_device, choose_precision, constants, progress, run
+from core.settings import constants, progress, run
 from model import Encoder, UserError, trunk_outputs
 from tools import evaluate, ridge
 from tools.vertices import draw_pictures, find, interval, resampled_scores
@@ -63,15 +64,18 @@ class Person:
     """The new person on the vertices that the checkpoint has. h, features, activity, group, targets: a row per picture;
     known (n_vertices of the data,) bool: these vertices; columns: theirs in the checkpoint's space."""
 
-    def __init__(self, data, encoder, columns, precision):
-        self.encoder, self.known, self.columns = encoder, columns >= 0, columns[columns >= 0]
-        functions = [encoder.latents, lambda features: ridge.pool_tokens(encoder.trunk, features)]
+    def __init__(self, data, predictor):
+        columns = find(predictor.space, data.space)
+        self.known, self.columns = columns >= 0, columns[columns >= 0]
+        self.nsd_ids, [self.encoder] = data.nsd_ids[data.image], predictor.encoders
+        trunk = self.encoder.trunk
+        functions = [self.encoder.latents, lambda features: ridge.pool_tokens(trunk, features)]
         with progress(total=len(data.image), desc="pictures", unit="picture") as bar:
-            images = data.images[data.image]
-            self.h, self.features = trunk_outputs(encoder.trunk, images, functions, BATCH_SIZE, precision, bar.update)
+            options = (BATCH_SIZE, predictor.precision, bar.update)
+            self.h, self.features = trunk_outputs(trunk, data.images[data.image], functions, *options)
         self.activity = torch.from_numpy(data.activity[:, self.known]).to(self.h.device, torch.float32)
-        self.group = encoder.predict(self.h)[:, self.columns]
-        rows = encoder.head.embed_weight[self.columns]
+        self.group = self.encoder.predict(self.h)[:, self.columns]
+        rows = self.encoder.head.embed_weight[self.columns]
         self.gains, self.components = decompose(rows)
         self.targets = ((self.activity - self.group) @ rows).double() @ self.components
 
@@ -87,35 +91,47 @@ class Person:
         bias = self.components @ fitted.bias - weight @ fitted.centre
         return weight.to(h.dtype), bias.to(h.dtype), float(fitted.penalty[0]), float(fitted.mean_penalty[0])
 
-    def predict_adapted(self, fitted, pictures):
-        """Activity of some pictures by the map that is fitted to others."""
-        weight, bias, *_ = self.fit(fitted)
+    def predict(self, fitted, pictures):
+        """Activity of some pictures by a map of fit()."""
+        weight, bias, *_ = fitted
         head = self.encoder.head.with_parameters(subject_weight=weight[None], subject_bias=bias[None])
         return Encoder(self.encoder.trunk, head).predict(self.h[pictures], 0)[:, self.columns]
 
-    def predict_ridge(self, fitted, pictures):
+    def predict_ridge(self, fitted_to, pictures):
         """The baseline with all that helps our map: the same candidates, one a and c for all vertices."""
-        model = ridge.fit(self.features[fitted], self.activity[fitted], PENALTIES, MEAN_PENALTIES, shared=True)
-        return ridge.predict(model, self.features[pictures])
+        x, y = self.features[fitted_to], self.activity[fitted_to]
+        return ridge.predict(ridge.fit(x, y, PENALTIES, MEAN_PENALTIES, shared=True), self.features[pictures])
 
     def cross_validate(self):
         """Predictions of all pictures, each by a map that is fitted to the other folds."""
-        fold, prediction = (
-            np.random.default_rng(SEED).permutation(len(self.h)) % N_FOLDS,
-            torch.empty_like(self.activity),
-        )
+        fold = np.random.default_rng(SEED).permutation(len(self.h)) % N_FOLDS
+        prediction = torch.empty_like(self.activity)
         for k in np.unique(fold):
-            prediction[fold == k] = self.predict_adapted(fold != k, fold == k)
+            prediction[fold == k] = self.predict(self.fit(fold != k), fold == k)
         return prediction
 
+    def score(self, title, pictures, prediction):
+        """Print and return {n_pictures, median_r2, interval: 95 % or None}, as tools/evaluate.py has them."""
+        activity, n = self.activity[pictures], len(prediction)
+        r2, ends = median(r2_score(activity, prediction)), None
+        if n >= evaluate.FEWEST_PICTURES:
+            order, weights = np.argsort(self.nsd_ids[pictures]), draw_pictures(n, evaluate.RESAMPLES, evaluate.SEED)
+            resampled = resampled_scores(activity[order].cpu(), prediction[order].cpu(), weights, np.nan)["r2"]
+            ends = interval(r2, np.nanmedian(resampled, axis=1))
+        text = f" (95 % CI {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
+        print(f"{title}: median R² {r2:.4f}{text}, {n} pictures")
+        return {"n_pictures": n, "median_r2": r2, "interval": ends}
 
-def draw_curve(person, train, scored, title, folder):
-    """Fit to more and more of train, score on scored; write curve.csv and curve.png, and print the means over draws."""
-    sizes, table = [n for n in SIZES if n < len(train)] + [len(train)], []
-    draws = [(n, draw) for n in sizes for draw in range(N_DRAWS if 2 * n <= len(train) else 1)]
-    for n, draw in progress(draws, desc="learning curve", unit="draw"):
+
+def draw_curve(person, train, fitted, scored, title, folder):
+    """Fit to more and more of train (fitted: the map of all), score on scored; write curve.csv and curve.png, and print
+    the means over draws."""
+    table = []
+    draws = [(n, draw) for n in SIZES if n < len(train) for draw in range(N_DRAWS if 2 * n <= len(train) else 1)]
+    for n, draw in progress([*draws, (len(train), 0)], desc="learning curve", unit="draw"):
         drawn = np.random.default_rng([SEED, n, draw]).permutation(train)[:n]
-        ours, baseline = person.predict_adapted(drawn, scored), person.predict_ridge(drawn, scored)
+        ours = person.predict(fitted if n == len(train) else person.fit(drawn), scored)
+        baseline = person.predict_ridge(drawn, scored)
         for method, prediction in (("group", person.group[scored]), ("adapted", ours), ("ridge", baseline)):
             table.append((n, method, draw, median(r2_score(person.activity[scored], prediction))))
     curve = pd.DataFrame(table, columns=["n_pictures", "method", "draw", "median_r2"])
@@ -132,83 +148,68 @@ def draw_curve(person, train, scored, title, folder):
     figure.savefig(folder / "curve.png", dpi=150)
 
 
-def score(activity, prediction, nsd_ids, title):
-    """Print and return {n_pictures, median_r2, interval: 95 % over pictures or None}, as tools/evaluate.py has them."""
-    r2, n = median(r2_score(activity, prediction)), len(activity)
-    text, ends = f"{title}: median R² {r2:.4f}", None
-    if n >= evaluate.FEWEST_PICTURES:
-        order, no_ceiling = np.argsort(nsd_ids), np.full(activity.shape[1], np.nan)
-        weights = draw_pictures(n, evaluate.RESAMPLES, evaluate.SEED)
-        pair = activity[order].cpu(), prediction[order].cpu()
-        ends = interval(r2, np.nanmedian(resampled_scores(*pair, weights, no_ceiling)["r2"], axis=1))
-        text += f" (95 % CI {ends[0]:.4f} to {ends[1]:.4f})"
-    print(f"{text}, {n} pictures")
-    return {"n_pictures": n, "median_r2": r2, "interval": ends}
-
-
 def add_person(person, new, space, weight, bias):
     """The person, whose own Space is new, becomes the last subject -> (Encoder, Space)."""
-    head, subjects = person.encoder.head, [*space.subjects, *new.subjects]
+    head = person.encoder.head
     weights, biases = torch.cat([head.subject_weight, weight[None]]), torch.cat([head.subject_bias, bias[None]])
     encoder = Encoder(person.encoder.trunk, head.with_parameters(subject_weight=weights, subject_bias=biases))
-    mask, rois = torch.zeros(len(subjects), space.n_vertices, dtype=torch.bool), {}
-    mask[:-1], mask[-1, person.columns] = space.mask, True
+    mask = pad(space.mask, (0, 0, 0, 1))
+    mask[-1, person.columns] = True
+    unlabelled = {"names": {}, "labels": torch.zeros(space.mask.shape, dtype=torch.int16)}
+    rois = {}
     for group in space.rois | new.rois:
-        names, labels = {}, torch.zeros(mask.shape, dtype=torch.int16)
-        if group in space.rois:
-            names, labels[:-1] = dict(space.rois[group]["names"]), space.rois[group]["labels"]
+        roi = space.rois.get(group, unlabelled)
+        names, labels = dict(roi["names"]), pad(roi["labels"], (0, 0, 0, 1))
         if group in new.rois:
             values = new.rois[group]["labels"][0].numpy()[person.known]
             values = prepare_data.merge_labels(names, new.rois[group]["names"], values)
             labels[-1, person.columns] = torch.from_numpy(values)
         rois[group] = {"names": names, "labels": labels}
-    return encoder, dataclasses.replace(space, subjects=subjects, mask=mask, rois=rois)
+    return encoder, dataclasses.replace(space, subjects=[*space.subjects, *new.subjects], mask=mask, rois=rois)
 
 
-def adapt(data, encoder, space, columns, info, precision, folder):
-    """Fit, score, and write the files of OUTPUT_DIR to folder. columns: of the data's vertices in space, of find()."""
-    name, nsd_ids = data.space.subjects[0], data.nsd_ids[data.image]
-    held_out, fresh = data.split > 0, ~np.isin(nsd_ids, info["train_nsd_ids"].numpy())
-    train, scored = data.samples("train"), np.flatnonzero(held_out & fresh)
-    n, n_left_out = len(train), int((held_out & ~fresh).sum())
-    person = Person(data, encoder, columns, precision)
-    weight, bias, a, c = person.fit(train)
+def adapt(data, predictor, folder):
+    """Fit, score, and write the files of OUTPUT_DIR to folder."""
+    [name], [info] = data.space.subjects, predictor.info
+    person = Person(data, predictor)
+    fresh = ~np.isin(person.nsd_ids, info["train_nsd_ids"].numpy())
+    train, scored = data.samples("train"), np.flatnonzero(fresh & (data.split > 0))
+    n, n_left_out = len(train), len(data.split) - len(train) - len(scored)
+    fitted = weight, bias, a, c = person.fit(train)
     print(f"{name}: {n} pictures, {len(person.columns)} vertices; the checkpoint lacks {(~person.known).sum()} others")
     print(f"penalties of least leave-one-out error: a {a:.3g} on the person's own map (inf: the group's map),")
     print(f"c {c:.3g}, in pictures, on the shift of the mean from the group's: {n / (n + c):.0%} of it is kept")
     print(f"{n_left_out} held-out pictures are not scored: the checkpoint was trained on them with other people")
     scores = {"subject": name, "n_pictures": n, "n_left_out": n_left_out, "a": f"{a:g}", "c": f"{c:g}"}
     if len(scored) > 1:
-        draw_curve(person, train, scored, f"{name}: {len(scored)} held-out pictures", folder)
-        prediction, title = person.predict_adapted(train, scored), "held-out pictures"
-        scores["held_out"] = score(person.activity[scored], prediction, nsd_ids[scored], title)
+        draw_curve(person, train, fitted, scored, f"{name}: {len(scored)} held-out pictures", folder)
+        scores["held_out"] = person.score("held-out pictures", scored, person.predict(fitted, scored))
     if len(scored) < FEW_PICTURES and fresh.sum() > 1:
-        prediction, title = person.cross_validate()[fresh], f"{N_FOLDS}-fold cross-validation over all pictures"
-        scores["cross_validated"] = score(person.activity[fresh], prediction, nsd_ids[fresh], title)
+        title = f"{N_FOLDS}-fold cross-validation over all pictures"
+        scores["cross_validated"] = person.score(title, fresh, person.cross_validate()[fresh])
     (folder / "scores.json").write_text(json.dumps(scores, indent=1))
     record = {"data_fingerprint": data.fingerprint, "checkpoint": info["fingerprint"]} | constants(globals()) | scores
     made_with = info["made_with"] | {"adapted": [*info["made_with"].get("adapted", []), record]}
-    encoder, space = add_person(person, data.space, space, weight, bias)
-    added = info["added"] | {name: nsd_ids[train]}
+    encoder, space = add_person(person, data.space, predictor.space, weight, bias)
+    added = info["added"] | {name: person.nsd_ids[train]}
     rest = {key: info[key] for key in ("scores", "step", "finished", "train_nsd_ids")}
     save_checkpoint(folder / "adapted.pt", encoder, space=space, made_with=made_with, added=added, **rest)
 
 
 def main():
-    device, data = choose_device(DEVICE), prepare_data.load(DATA_DIR)
-    precision, [path] = choose_precision(PRECISION, device), predict.choose_checkpoints(CHECKPOINT, RUN_DIR)
-    encoder, space, info = load_checkpoint(path, device)
+    data = prepare_data.load(DATA_DIR)
+    predictor = predict.load_encoder(predict.choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
+    space, [path] = predictor.space, predictor.paths
     [*others, name] = data.space.subjects
-    output = Path(OUTPUT_DIR or f"runs/{name}")
     if others or name in space.subjects:
         raise UserError(f"{DATA_DIR} has to hold one person, under a name that {path} does not have yet.")
     if not len(data.samples("val")):
         raise UserError(f"{name} has no validation pictures in {DATA_DIR}.")
-    columns = find(space, data.space)
-    if data.space.unit != space.unit or not (columns >= 0).any():
+    if data.space.unit != space.unit or (find(space, data.space) < 0).all():
         raise UserError(f"{name} and {path} have no {space.unit} in common.")
+    output = Path(OUTPUT_DIR or f"runs/{name}")
     with output_folder(output, OVERWRITE, marker="adapted.pt") as folder, torch.inference_mode():
-        adapt(data, encoder, space, columns, info, precision, folder)
+        adapt(data, predictor, folder)
     print(f"wrote {output}: adapted.pt with {', '.join([*space.subjects, name])}")
 
 

@@ -1,7 +1,4 @@
-"""Convert the weights that the authors published to a checkpoint of this project.
-
-Reads WEIGHTS, their file of phase 1 or 2, and DATA_DIR, data prepared with `python prepare_data.py --splits authors`;
-writes CHECKPOINT, which predict.py, finetune.py and the tools read like any other.
+"""The authors' published weights of phase 1 or 2 -> a checkpoint that predict.py, finetune.py and the tools read.
 
 Their code embeds the shared and the subject term separately, each with the embedding's bias e:
 
@@ -62,44 +59,36 @@ def convert_head(theirs, subjects):
     return head
 
 
-def convert_trunk(theirs):
-    """Phase 2 stores the whole trunk, phase 1 None: then timm's pretrained weights are theirs."""
-    trunk = Trunk(TRUNK, LAYERS, pretrained=not theirs)
-    if theirs:
-        missing = trunk.vit.load_state_dict(theirs, strict=False).missing_keys
-        if missing:
-            raise UserError(f"{WEIGHTS} has a trunk without {missing[0]}, expected a whole {TRUNK}.")
-        trunk.requires_grad_(True)  # the checkpoint stores all of it
-    return trunk
-
-
 def main():
     if Path(CHECKPOINT).exists() and not OVERWRITE:
         raise UserError(f"{CHECKPOINT} exists; choose another CHECKPOINT, or --overwrite.")
     data = prepare_data.load(DATA_DIR)
     space = data.space
-    if data.splits != "authors" or not set(space.subjects) <= set(SUBJECTS):
-        raise UserError(
-            f"{DATA_DIR} was not prepared with the authors' splits and subjects: their training pictures would be "
-            "scored. Run python prepare_data.py --splits authors --data_dir data/authors first."
-        )
+    if data.splits != "authors" or not set(space.subjects) <= set(SUBJECTS):  # their training pictures would be scored
+        message = "does not have the authors' splits and subjects: run prepare_data.py --splits authors first."
+        raise UserError(f"{DATA_DIR} {message}")
     content = read_weights(WEIGHTS)
     weights = convert_head(content["encoder"], space.subjects)
     n_subjects, pca_dim, latent_dim = weights["subject_weight"].shape
     n_vertices = len(weights["embed_bias"])
     if n_vertices != space.n_vertices:
         raise UserError(f"{WEIGHTS} predicts {n_vertices} vertices, {DATA_DIR} has {space.n_vertices}: prepare subj01.")
-    trunk = convert_trunk(content["trunk"])
+    whole = content["trunk"]  # phase 2 stores all of it, phase 1 None: then timm's pretrained weights are theirs
+    trunk = Trunk(TRUNK, LAYERS, pretrained=not whole)
+    if whole:
+        missing = trunk.vit.load_state_dict(whole, strict=False).missing_keys
+        if missing:
+            raise UserError(f"{WEIGHTS} has a trunk without {missing[0]}, expected a whole {TRUNK}.")
+        trunk.requires_grad_(True)  # the checkpoint stores all of it
     head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, n_vertices)
     head.load_state_dict(weights)
     made_with = {"published": Path(WEIGHTS).name, "data_fingerprint": data.fingerprint}
-    trained = data.nsd_ids[np.unique(data.image[data.samples("train")])]
     with lock(Path(CHECKPOINT).parent):
         save_checkpoint(
             CHECKPOINT, Encoder(trunk, head), space=space, made_with=made_with, scores={}, step=content.get("epoch"),
-            finished=True, train_nsd_ids=trained,
+            finished=True, train_nsd_ids=data.nsd_ids[data.image[data.samples("train")]],
         )  # fmt: skip
-    print(f"wrote {CHECKPOINT}: {n_subjects} subjects, {n_vertices} vertices, phase {2 if content['trunk'] else 1}")
+    print(f"wrote {CHECKPOINT}: {n_subjects} subjects, {n_vertices} vertices, phase {2 if whole else 1}")
 
 
 if __name__ == "__main__":

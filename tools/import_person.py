@@ -3,11 +3,10 @@
 ROWS names the picture that each row of activity shows. Every session is z-scored if there is a column for it, then rows
 of the same picture are averaged. Pictures are numbered in the order of their first row. CHALLENGE_DIR/SUBJECT gets
 
-    training_split/training_images/train-00001.png …   _nsd-00013 is added to the names of pictures with an nsd id
-    training_split/training_fmri/{lh,rh}_training_fmri.npy
-    test_split/test_images, test_split/test_fmri        likewise, for rows whose split is test
-    roi_masks/{lh,rh}.all-vertices_fsaverage_space.npy
-    pictures.csv                                        which file shows which picture, and its number of rows
+    training_split    training_images/train-00001.png …, with _nsd-00013 where there is an nsd id, and training_fmri
+    test_split        likewise, for rows whose split is test
+    roi_masks         {lh,rh}.all-vertices_fsaverage_space.npy
+    pictures.csv      which file shows which picture, and its number of rows
 """
 
 from pathlib import Path
@@ -63,8 +62,8 @@ def read_hemisphere(activity_path, vertices_path, rows):
 def read_rows():
     """ROWS -> DataFrame picture, split, nsd_id (-1: none) and, if it is there, session."""
     rows = pd.read_csv(ROWS, dtype={"picture": str, "split": str})
-    rows["split"] = rows["split"].fillna("train") if "split" in rows else "train"
-    rows["nsd_id"] = rows["nsd_id"].fillna(-1) if "nsd_id" in rows else -1
+    for column, default in (("split", "train"), ("nsd_id", -1)):
+        rows[column] = rows[column].fillna(default) if column in rows else default
     if rows["picture"].isna().any() or not rows["split"].isin(["train", "test"]).all():
         raise UserError(f"{ROWS} needs a file name in column picture of every line; column split holds train or test.")
     if rows.groupby("picture")[["split", "nsd_id"]].nunique().gt(1).any(axis=None):
@@ -75,18 +74,17 @@ def read_rows():
 
 
 def main():
-    rows, output = read_rows(), Path(CHALLENGE_DIR) / SUBJECT
+    rows, output, failures = read_rows(), Path(CHALLENGE_DIR) / SUBJECT, []
     paths = (LH_ACTIVITY, LH_VERTICES), (RH_ACTIVITY, RH_VERTICES)
     hemispheres = {hemi: read_hemisphere(*pair, rows) for hemi, pair in zip(HEMIS, paths)}
-    pictures = rows.groupby("picture", sort=False)[["split", "nsd_id"]].first()
-    pictures["n_rows"] = rows["picture"].value_counts()
+    by_picture = rows.groupby("picture", sort=False)
+    pictures = by_picture[["split", "nsd_id"]].first().assign(n_rows=by_picture.size())
     number = pictures.groupby("split").cumcount().add(1).map("-{:05d}".format)
     ids = pictures["nsd_id"].map("_nsd-{:05.0f}".format).where(pictures["nsd_id"] >= 0, "")
     pictures["file"] = pictures["split"] + number + ids + ".png"
-    failures = []
     with output_folder(output, OVERWRITE, marker="pictures.csv") as folder:
         for split, part in pictures.groupby("split"):
-            name = {"train": "training"}.get(split, split)
+            name = split.replace("train", "training")
             images, fmri = (folder / f"{name}_split/{name}_{kind}" for kind in ("images", "fmri"))
             images.mkdir(parents=True)
             fmri.mkdir()

@@ -5,12 +5,10 @@
 with centred x. In the singular vectors of x this separates into scalars, so that one decomposition serves all columns
 and penalties. The penalties a and c have the least squared leave-one-out error: the error of picture i, when it is left
 out, is e_i / (1 - H_ii) with the residuals e and the hat matrix H of all pictures.
-
-fit() is the usual encoding model; by default every vertex has a penalty of its own and b is free, as in scikit-learn's
-RidgeCV with alpha_per_target.
 """
 
-import dataclasses
+import itertools
+import typing
 
 import torch
 
@@ -20,16 +18,13 @@ PENALTIES = tuple(10.0**k for k in range(-3, 5))  # a, in mean |x|²: for standa
 def pool_tokens(trunk, features):
     """features: per layer (n, n_tokens, n_channels) -> x (n, n_features) float32: class token (where the trunk has one)
     and mean patch token of every layer; registers are left out."""
-    has_class = getattr(trunk.vit, "cls_token", None) is not None
-    parts = []
-    for x in features:
-        patches = x[:, trunk.n_prefix :].float().mean(1)
-        parts += [x[:, 0].float(), patches] if has_class else [patches]
-    return torch.cat(parts, dim=1)
+    n_class = int(getattr(trunk.vit, "cls_token", None) is not None)
+    means = [x[:, trunk.n_prefix :].float().mean(1, keepdim=True) for x in features]
+    tokens = [torch.cat([x[:, :n_class], mean], dim=1) for x, mean in zip(features, means)]
+    return torch.cat(tokens, dim=1).flatten(1)
 
 
-@dataclasses.dataclass
-class Ridge:
+class Ridge(typing.NamedTuple):
     """The prediction of t is (x - centre) @ weight + bias."""
 
     centre: torch.Tensor  # mean of x (n_features,)
@@ -66,7 +61,7 @@ def solve(x, t, penalties, mean_penalties=(0.0,), shared=False, gains=1.0):
         energy = s[:, None].square() * gains
         return (energy / (energy + a * s.square().sum() / n)).to(t.dtype)
 
-    candidates, errors = [(a, c) for a in penalties for c in mean_penalties], []
+    errors = []
     for a in penalties:
         kept = shrink(a)
         residual = t - t_mean - left @ (kept * projected)
@@ -77,17 +72,18 @@ def solve(x, t, penalties, mean_penalties=(0.0,), shared=False, gains=1.0):
             errors.append(left_out.square().sum(0))
     errors = torch.stack(errors)  #                                         (n_candidates, n_columns)
     best = errors.sum(1).argmin().expand(t.shape[1]) if shared else errors.argmin(0)
-    penalty, mean_penalty = s.new_tensor(candidates)[best].T
+    penalty, mean_penalty = s.new_tensor(list(itertools.product(penalties, mean_penalties)))[best].T
     bias = (n / (n + mean_penalty)).to(t.dtype) * t_mean
     return Ridge(centre, right @ (shrink(penalty) * projected), bias, penalty, mean_penalty)
 
 
 def fit(x, y, penalties=PENALTIES, mean_penalties=(0.0,), shared=False):
-    """Features x (n_pictures, n_features), standardised here, activity y (n_pictures, n_vertices) -> Ridge."""
+    """The usual encoding model: features x (n_pictures, n_features), standardised here, activity y (n_pictures,
+    n_vertices) -> Ridge. The defaults are those of scikit-learn's RidgeCV with alpha_per_target: b is free."""
     std = x.std(0, correction=0)
     std = torch.where(std > 1e-6 * std.max(), std, torch.inf)  # constant features predict nothing
     ridge = solve(x / std, y, penalties, mean_penalties, shared)
-    return dataclasses.replace(ridge, centre=x.mean(0), weight=ridge.weight / std[:, None])
+    return ridge._replace(centre=x.mean(0), weight=ridge.weight / std[:, None])
 
 
 def predict(ridge, x):
