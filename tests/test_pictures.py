@@ -22,7 +22,7 @@ from core.space import HEMIS
 from model import UserError, trunk_outputs
 from tests.conftest import run_stage
 from tools import contrast, predict_pictures
-from tools.pictures import find_pictures, predict_batches, read_picture
+from tools.pictures import find_pictures, predict_files, read_picture
 from tools.vertices import roi_masks
 
 PHOTO = Image.fromarray(load_sample_images().images[0]).resize((320, 214))  # a landscape
@@ -104,15 +104,20 @@ def test_what_cannot_be_read_is_refused_in_words(tmp_path):
 
 
 def test_batches_are_in_order_without_unreadable_files(tmp_path):
-    paths, failures = [tmp_path / f"{i}.png" for i in range(7)], []
+    paths, failures, batches = [tmp_path / f"{i}.png" for i in range(7)], [], []
     for i, path in enumerate(paths):
         Image.new("L", (9, 9), i).save(path)
     for i in (2, 3, 6):
         paths[i].write_bytes(b"")
-    predictor = SimpleNamespace(batch_size=2, latents=lambda images, update: images.max(axis=(1, 2, 3)))
-    batches = [(b, latents.tolist()) for b, latents in predict_batches(predictor, paths, failures)]
-    assert [latents for _, latents in batches] == [[0, 1], [4, 5]]
-    assert [picture.path for batch, _ in batches for picture in batch] == [paths[i] for i in (0, 1, 4, 5)]
+
+    def latents(images, update):
+        batches.append(images.max(axis=(1, 2, 3)).tolist())
+        return [torch.tensor(batches[-1])]
+
+    predictor = SimpleNamespace(batch_size=2, latents=latents)
+    pictures, [h] = predict_files(predictor, paths, failures)
+    assert batches == [[0, 1], [4, 5]] and h.tolist() == [0, 1, 4, 5]
+    assert [picture.path for picture in pictures] == [paths[i] for i in (0, 1, 4, 5)]
     assert [message.split(":")[0] for message in failures] == [str(paths[i]) for i in (2, 3, 6)]
 
 

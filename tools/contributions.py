@@ -44,9 +44,7 @@ class Decomposition:
         expected = self.predict(h)
         error = (self.constant + terms.sum((1, 2)) @ self.weights.T - expected).abs().max()
         if not error <= 1e-4 * max(1, expected.abs().max()):
-            raise UserError(
-                f"contributions miss the prediction by {error:.2g}: the head in model.py is not affine in the features."
-            )
+            raise UserError(f"contributions are off by {error:.2g}: the head is not affine in the features.")
         return terms, h
 
 
@@ -70,9 +68,8 @@ def measure_covariance(decomposition, images, precision, batch_size=16):
 
 def describe_fields(tokens, layers, encoder):
     """Covariances -> {name: array}, vertices first, as in docs/explain.md; NaN where the prediction is constant."""
-    n_prefix, (n_rows, n_columns) = encoder.trunk.n_prefix, encoder.trunk.grid
-    row, column = np.divmod(np.arange(n_rows * n_columns), n_columns)
-    x, y = (column + 0.5) / n_columns, (row + 0.5) / n_rows
+    n_prefix, grid = encoder.trunk.n_prefix, encoder.trunk.grid
+    y, x = (np.indices(grid).reshape(2, -1) + 0.5) / np.reshape(grid, (2, 1))  #  (n_places,) each
     with np.errstate(invalid="ignore", divide="ignore"):
         field = np.clip(tokens[n_prefix:], 0, None).T
         field /= field.sum(1, keepdims=True)  #                                   (n_vertices, n_places)
@@ -83,4 +80,4 @@ def describe_fields(tokens, layers, encoder):
     variance = field @ (x**2 + y**2) - (field @ x) ** 2 - (field @ y) ** 2
     fields = {"x": field @ x, "y": field @ y, "size": np.sqrt(variance / 2), "depth": depth}
     fields |= {"layer_share": share, "prefix_share": prefix_share, "layers": encoder.layers}
-    return fields | {"field": field.reshape(-1, n_rows, n_columns).astype(np.float16)}
+    return fields | {"field": field.reshape(-1, *grid).astype(np.float16)}

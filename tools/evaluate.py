@@ -28,7 +28,7 @@ from core.settings import constants, run
 from core.space import HEMIS
 from model import UserError
 from tools import figures, page
-from tools.vertices import challenge_score, draw_pictures, find, interval, pearson, resampled_scores, roi_masks
+from tools.vertices import draw_pictures, find, interval, resampled_scores, roi_masks, vertex_scores
 
 DATA_DIR: str = "data"  # prepared data
 RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
@@ -166,8 +166,7 @@ def measure(data, split, predictor, infos, ceilings):
         rows.append([np.full(len(ceiling), s), np.flatnonzero(present)])
         for prediction, values in predictions(predictor, space, s, images).items():
             values = values[fresh][:, present]
-            own = {"r2": r2_score(y, values).numpy(), "r": pearson(y, values).numpy()}
-            own["challenge"] = challenge_score(own["r"], ceiling)
+            own = vertex_scores(y, values, ceiling)
             for metric, repeated in resampled_scores(y, values, drawn, ceiling).items():
                 scores.setdefault((prediction, metric), []).append(own[metric])
                 resampled.setdefault((prediction, metric), []).append(repeated)

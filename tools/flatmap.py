@@ -25,9 +25,8 @@ class FlatMap:
 
     def __init__(self, space, folder=""):
         self.space = space
-        sides = [surface_side(space, hemi, folder) for hemi in HEMIS] if space.unit == "vertices" else [pixels(space)]
-        self.points, self.column, self.grey = (np.concatenate([side[i] for side in sides]) for i in (0, 2, 3))
-        self.faces = np.concatenate([sides[0][1], *(faces + len(sides[0][0]) for _, faces, _, _ in sides[1:])])
+        mesh = join(*(cut_flat(space, hemi, folder) for hemi in HEMIS)) if space.unit == "vertices" else pixels(space)
+        self.points, self.faces, self.column, self.grey = mesh
         self.left, self.size = self.points[:, 0] < 0, np.ptp(self.points, axis=0)
 
     def on_points(self, values):
@@ -63,27 +62,39 @@ class FlatMap:
         return shown
 
 
-def surface_side(space, hemi, folder):
-    """-> points (n, 2) mm, faces, column and grey of one hemisphere of the flat surface, cut to the data."""
+def load_surface(space, kind, hemi, folder=""):
+    """One hemisphere of the "flat" or "infl" surface -> points (n, 3) mm, faces (m, 3), column (n,), grey (n,)."""
     folder = Path(folder or Path(datasets.fetch_surf_fsaverage("fsaverage5")["flat_left"]).parent)
     half, columns = "left" if hemi == "lh" else "right", space.columns(None, hemi)
-    points, faces = surface.load_surf_mesh(folder / f"flat_{half}.gii.gz")
-    curvature = surface.load_surf_data(folder / f"curv_{half}.gii.gz")
-    points, column = points[:, :2], np.full(N_FSAVERAGE, -1)
+    points, faces = surface.load_surf_mesh(folder / f"{kind}_{half}.gii.gz")
+    column = np.full(N_FSAVERAGE, -1)
     column[space.vertices.numpy()[columns]] = columns
-    column = column[: len(points)]  # fsaverage5 has the first 10,242 vertices of fsaverage
+    curvature = surface.load_surf_data(folder / f"curv_{half}.gii.gz")
+    # fsaverage5 has the first 10,242 vertices of fsaverage; sulci are darker
+    return points, faces, column[: len(points)], np.where(curvature > 0, 0.60, 0.74)
+
+
+def join(left, right):
+    """Two meshes (points, faces, column, grey) as one."""
+    right = right[0], right[1] + len(left[0]), *right[2:]
+    return [np.concatenate(pair) for pair in zip(left, right)]
+
+
+def cut_flat(space, hemi, folder):
+    """One hemisphere of the flat surface, cut to the data, points (n, 2) mm; the hemispheres meet at x = 0."""
+    points, faces, column, grey = load_surface(space, "flat", hemi, folder)
+    points = points[:, :2]
     edges = np.linalg.norm(points[faces] - points[np.roll(faces, 1, axis=1)], axis=2).max(1)
     faces = faces[edges < 4 * np.median(edges)]  # longer ones span a cut
     data = points[np.unique(faces[(column[faces] >= 0).any(1)])]
     low, high = data.min(0) - MARGIN, data.max(0) + MARGIN
     used, faces = np.unique(faces[((points > low) & (points < high)).all(1)[faces].all(1)], return_inverse=True)
-    inner = high[0] if hemi == "lh" else low[0]  # the hemispheres meet at x = 0
-    grey = np.where(curvature > 0, 0.60, 0.74)[used]  # sulci are darker
-    return points[used] - [inner, 0], faces.reshape(-1, 3), column[used], grey
+    inner = high[0] if hemi == "lh" else low[0]
+    return points[used] - [inner, 0], faces.reshape(-1, 3), column[used], grey[used]
 
 
 def pixels(space):
-    """The same of NSD-Flat's maps, whose pixels count row by row from the top left; the hemispheres meet at x = 0."""
+    """The same of NSD-Flat's maps, whose pixels count row by row from the top left."""
     index, column = np.arange(MAP_SHAPE[0] * MAP_SHAPE[1]), np.full(MAP_SHAPE[0] * MAP_SHAPE[1], -1)
     column[space.vertices.numpy()] = np.arange(space.n_vertices)
     row, across = np.divmod(index, MAP_SHAPE[1])

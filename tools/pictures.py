@@ -2,14 +2,15 @@
 Files are read as a viewer shows them: rotated as EXIF says, transparent parts on white, the first frame of several.
 """
 
-import dataclasses
 import glob
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from core.settings import progress
@@ -19,8 +20,7 @@ HEIC = {".heic", ".heif", ".hif"}  # counted as pictures, so that they are liste
 ENDINGS = {".jpg", ".jpeg", ".mpo", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif"} | HEIC
 
 
-@dataclasses.dataclass
-class Picture:
+class Picture(NamedTuple):
     path: Path
     image: np.ndarray  # (256, 256, 3) uint8
     width: int  # px, after rotation
@@ -45,7 +45,7 @@ def find_pictures(images, output_dir):
         if not matches:
             raise UserError(f'there is no file or folder "{shown(name)}".')
         for path in map(Path, matches):
-            files |= dict.fromkeys(files_below(path, output_dir) if path.is_dir() else [path])
+            files |= dict.fromkeys(files_below(path, {Path(output_dir).resolve()}))
     pictures = [path for path in files if path.suffix.lower() in ENDINGS]
     if len(files) > len(pictures):
         print(f"skipped {plural(len(files) - len(pictures), 'non-image file')}")
@@ -54,17 +54,15 @@ def find_pictures(images, output_dir):
     return pictures
 
 
-def files_below(folder, output_dir):
-    """Files in a folder and its subfolders, linked ones too, except hidden ones and those in OUTPUT_DIR."""
-    visited, files = {os.path.realpath(output_dir)}, []
-    for root, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(root) in visited:  # links can form a circle
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(root))
-        folders[:] = sorted(name for name in folders if name[0] not in ".@")  # @eaDir holds thumbnails
-        files += [Path(root, name) for name in sorted(names) if name[0] != "."]
-    return files
+def files_below(path, visited):
+    """Yields a file, or those of a folder and its subfolders, linked ones too, except hidden and visited ones."""
+    if not path.is_dir():
+        yield path
+    elif path.resolve() not in visited:  # links can form a circle
+        visited.add(path.resolve())
+        for inner in sorted(path.iterdir(), key=lambda inner: (inner.is_dir(), inner.name)):
+            if not inner.name.startswith((".", "@") if inner.is_dir() else "."):  # @eaDir holds thumbnails
+                yield from files_below(inner, visited)
 
 
 def read_picture(path):
@@ -75,8 +73,13 @@ def read_picture(path):
         with Image.open(path) as file:
             is_deep = ";16" in str(file.tile)
             picture, note = ImageOps.exif_transpose(file), ""
-        if picture.mode[0] in "IF":
-            picture, note = to_8_bit(picture)
+        if picture.mode[0] in "IF":  # grey of 16 bits, of which some files fill only 8 or 12
+            values = np.asarray(picture)
+            bits = next((bits for bits in (8, 12, 16) if 0 <= values.min() and values.max() < 2**bits), None)
+            if not bits or picture.mode == "F":
+                raise ValueError("its values are not 8, 12 or 16 bits deep")
+            note = f"the largest value is {values.max()}, read as {bits} bits" if bits < 16 else ""
+            picture = Image.fromarray((values >> (bits - 8)).astype(np.uint8))
         elif is_deep and np.max(picture) < 64:  # Pillow keeps the upper 8 of 16 bits
             raise ValueError("its values fill few of its 16 bits, save it with 8 bits per colour")
         if picture.has_transparency_data:
@@ -88,63 +91,44 @@ def read_picture(path):
         raise UserError(f"{shown(path)}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-def to_8_bit(picture):
-    """16-bit grey -> 8-bit grey, and a warning where the values fill only 8 or 12 bits and are scaled accordingly."""
-    values = np.asarray(picture)
-    if picture.mode == "F" or values.min() < 0 or values.max() >= 2**16:
-        raise ValueError("its values are not 8, 12 or 16 bits deep")
-    bits = next(bits for bits in (8, 12, 16) if values.max() < 2**bits)
-    note = f"the largest value is {values.max()}, read as {bits} bits" if bits < 16 else ""
-    return Image.fromarray((values >> (bits - 8)).astype(np.uint8)), note
-
-
 def read_batches(paths, batch_size, failures):
-    """Yields [Picture] of the readable files; errors of the others are appended to failures. UserError if none is."""
-    readable = False
+    """Yields [Picture] of the readable files, while threads read the next ones; errors are appended to failures."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), batch_size):
-            futures = [pool.submit(read_picture, path) for path in paths[start : start + batch_size]]
-            failures += [str(future.exception()) for future in futures if future.exception()]
-            batch = [future.result() for future in futures if not future.exception()]
-            if batch:
-                readable = True
-                yield batch
-    if not readable:
-        raise UserError("\n".join(["none of the pictures could be read:", *failures]))
+        coming = []  # the batch that is being read
+        for start in range(0, len(paths) + batch_size, batch_size):
+            batch, coming = coming, [pool.submit(read_picture, path) for path in paths[start : start + batch_size]]
+            failures += [str(future.exception()) for future in batch if future.exception()]
+            pictures = [future.result() for future in batch if not future.exception()]
+            if pictures:
+                yield pictures
 
 
-def predict_batches(predictor, paths, failures):
-    """Yields [Picture] and their latents, batch by batch, as read_batches(); threads read and run the trunk ahead."""
+def predict_files(predictor, paths, failures):
+    """Files -> [Picture] of the readable ones, without image, which saves memory, and latents per encoder."""
+    pictures, latents = [], []
     with progress(total=len(paths), desc="predicting", unit="picture") as bar:
-        batches = ahead(read_batches(paths, predictor.batch_size, failures))
-        yield from ahead(
-            (batch, predictor.latents(np.stack([p.image for p in batch]), bar.update)) for batch in batches
-        )
+        for batch in read_batches(paths, predictor.batch_size, failures):
+            pictures += [picture._replace(image=None) for picture in batch]
+            latents.append(predictor.latents(np.stack([picture.image for picture in batch]), bar.update))
+    if not pictures:
+        raise UserError("\n".join(["none of the pictures could be read:", *failures]))
+    return pictures, [torch.cat(parts) for parts in zip(*latents)]
 
 
-def ahead(items):
-    """Yields the items of a generator; a thread computes the next one meanwhile."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while item := coming.result():
-            coming = thread.submit(next, items, None)
-            yield item
-
-
-def list_pictures(pictures, first=0):
+def list_pictures(pictures):
     """[Picture] -> rows of pictures.csv. picture: a name that can serve in file names, whatever the file is called."""
     rows = []
-    for row, p in enumerate(pictures, first):
+    for row, p in enumerate(pictures):
         name = f"{row:03d}_" + re.sub(r"[^A-Za-z0-9-]+", "_", p.path.stem)[:60]
         rows.append(dict(picture=name, file=shown(p.path), width=p.width, height=p.height, note=p.note))
     return rows
 
 
-def report(rows, failures):
-    """Print warnings of list_pictures(). Raises UserError, when all else is done, if files could not be read."""
-    for row in rows:
-        if row["note"]:
-            print(f"warning: {row['file']}: {row['note']}")
+def report(pictures, failures):
+    """Print warnings. Raises UserError, when all else is done, if files could not be read."""
+    for picture in pictures:
+        if picture.note:
+            print(f"warning: {shown(picture.path)}: {picture.note}")
     if failures:
         count = plural(len(failures), "picture")
         raise UserError("\n".join([f"{count} could not be read and had to be skipped:", *failures]))

@@ -13,7 +13,7 @@ from core.settings import run
 from core.space import HEMIS, N_FSAVERAGE
 from predict import choose_checkpoints, load_encoder
 from tools.flatmap import FlatMap, describe_maps, fit_limits, save_figure
-from tools.pictures import find_pictures, list_pictures, plural, predict_batches, report
+from tools.pictures import find_pictures, list_pictures, plural, predict_files, read_picture, report
 from tools.vertices import roi_masks
 
 IMAGES: str = ""  # files, folders and globs, separated by commas
@@ -46,11 +46,14 @@ def average_rois(activity, space, subject):
     return pd.DataFrame(means).rename_axis(columns=["roi_group", "roi", "hemisphere", "n_vertices"])
 
 
-def save_vertices(folder, space, subject):
-    """Which vertices of fsaverage (or pixels of NSD-Flat's maps) the columns of a subject's arrays are."""
-    for hemi in HEMIS:
-        name = "fsaverage" if space.unit == "vertices" else "pixels"
-        np.save(folder / f"{name}_{hemi}.npy", space.vertices.numpy()[space.columns(subject, hemi)])
+def save_arrays(folder, space, subject, **arrays):
+    """name_{lh,rh}.npy: arrays (n_vertices of the common space,) at a subject's vertices, in the challenge's order,
+    and which vertices of fsaverage (or pixels of NSD-Flat's maps) these are."""
+    folder.mkdir(exist_ok=True)
+    arrays["fsaverage" if space.unit == "vertices" else "pixels"] = space.vertices.numpy()
+    for name, values in arrays.items():
+        for hemi in HEMIS:
+            np.save(folder / f"{name}_{hemi}.npy", values[space.columns(subject, hemi)])
 
 
 def save_gifti(stem, space, maps):
@@ -79,53 +82,52 @@ def save_map(path, flat, values, limits, label, outlines, title, image=None):
     save_figure(figure, path)
 
 
-def save_activity(folder, first, names, activity, space, subject):
-    """Pictures' activity (n, n_vertices) -> rows from first on of a subject's arrays, and rows of rois.csv."""
+def save_activity(folder, predictor, latents, subject):
+    """activity_{lh,rh}.npy of all pictures, batch by batch -> table (n, n_rois) of ROI means."""
+    space, arrays, means = predictor.space, {}, []
     for hemi in HEMIS:
-        array = np.load(folder / f"activity_{hemi}.npy", mmap_mode="r+")
-        array[first : first + len(names)] = activity[:, space.columns(subject, hemi)]
-    means, path = average_rois(activity, space, subject).set_axis(names), folder.parent / "rois.csv"
-    means = means.melt(ignore_index=False, value_name="mean").assign(subject=folder.name)
-    means.to_csv(path, mode="a", header=not path.exists(), index_label="picture", float_format="%.7g")
+        shape = len(latents[0]), len(space.columns(subject, hemi))
+        arrays[hemi] = np.lib.format.open_memmap(folder / f"activity_{hemi}.npy", "w+", "<f4", shape)
+    for start in range(0, len(latents[0]), BATCH_SIZE):
+        batch = slice(start, start + BATCH_SIZE)
+        activity = predictor.decode([h[batch] for h in latents], subject).numpy()
+        for hemi in HEMIS:
+            arrays[hemi][batch] = activity[:, space.columns(subject, hemi)]
+        means.append(average_rois(activity, space, subject))
+    return pd.concat(means)
 
 
-def draw_activity(folder, names, pictures, activity, flat, outlines):
-    """Maps on one colour scale, and GIFTI files. activity (n, n_vertices): NaN where the subject has no vertex."""
-    limits, label = fit_limits([activity]), "predicted activity (z)"
-    for name, picture, values in zip(names, pictures, activity):
-        title = f"{name}, {folder.name}"
-        save_map(folder / f"{name}.png", flat, values, limits, label, outlines, title, picture.image)
+def draw_activity(folder, flat, pictures, names, activity, subject):
+    """Maps on one colour scale, and GIFTI files, of activity (n, n_vertices)."""
+    activity = np.where(flat.space.present(subject), activity, np.nan)
+    limits, outlines = fit_limits([activity]), flat.outlines(OUTLINES, subject)
+    label = "predicted activity (z)"
+    for picture, name, values in zip(pictures, names, activity):
+        image = read_picture(picture.path).image
+        save_map(folder / f"{name}.png", flat, values, limits, label, outlines, f"{name}, {folder.name}", image)
         save_gifti(folder / name, flat.space, {label: values})
 
 
 def main():
-    paths, failures, rows = find_pictures(IMAGES, OUTPUT_DIR), [], []
+    paths, failures = find_pictures(IMAGES, OUTPUT_DIR), []
     predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
-    space, subjects = predictor.space, choose_subjects(SUBJECT, predictor)
-    flat = FlatMap(space, FSAVERAGE_DIR) if len(paths) <= MAPS else None
+    subjects = choose_subjects(SUBJECT, predictor)
+    flat = FlatMap(predictor.space, FSAVERAGE_DIR) if len(paths) <= MAPS else None
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
+        pictures, latents = predict_files(predictor, paths, failures)
+        table = pd.DataFrame(list_pictures(pictures))
+        table.to_csv(folder / "pictures.csv", index_label="row")
         for name, subject in subjects.items():
-            (folder / name).mkdir()
-            save_vertices(folder / name, space, subject)
-            for hemi in HEMIS:
-                shape = len(paths), len(space.columns(subject, hemi))
-                np.lib.format.open_memmap(folder / name / f"activity_{hemi}.npy", "w+", "<f4", shape)
-        for pictures, latents in predict_batches(predictor, paths, failures):
-            batch = list_pictures(pictures, len(rows))
-            names = [row["picture"] for row in batch]
-            for name, subject in subjects.items():
-                activity = predictor.decode(latents, subject).numpy()
-                save_activity(folder / name, len(rows), names, activity, space, subject)
-                if flat:
-                    activity[:, ~space.present(subject)] = np.nan
-                    draw_activity(folder / name, names, pictures, activity, flat, flat.outlines(OUTLINES, subject))
-            rows += batch
-        for path in folder.glob("*/activity_*.npy") if failures else ():  # fewer rows than expected
-            np.save(folder / "cut.npy", np.load(path, mmap_mode="r")[: len(rows)])
-            (folder / "cut.npy").replace(path)
-        pd.DataFrame(rows).to_csv(folder / "pictures.csv", index_label="row")
-    print(f"wrote {OUTPUT_DIR}: {plural(len(rows), 'picture')} for {', '.join(subjects)}")
-    report(rows, failures)
+            save_arrays(folder / name, predictor.space, subject)
+            means = save_activity(folder / name, predictor, latents, subject).set_axis(table["picture"])
+            means = means.melt(ignore_index=False, value_name="mean").assign(subject=name)
+            path = folder / "rois.csv"
+            means.to_csv(path, mode="a", header=not path.exists(), float_format="%.7g")
+            if flat:
+                activity = predictor.decode(latents, subject)
+                draw_activity(folder / name, flat, pictures, table["picture"], activity, subject)
+    print(f"wrote {OUTPUT_DIR}: {plural(len(pictures), 'picture')} for {', '.join(subjects)}")
+    report(pictures, failures)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,16 @@ challenge = min(max(r, 0)² / c, 1), a ceiling of 0 counting as 1e-14; its mean 
 import re
 
 import numpy as np
+import pandas as pd
 import torch
 
-from core.scores import check_finite
+from core.scores import r2_score
 
 
 def find(space, other):
     """Columns here of another space's vertices, (other.n_vertices,) int64, -1 where missing."""
-    keys = [2 * s.vertices.numpy() + (np.arange(s.n_vertices) >= s.n_lh) for s in (space, other)]
-    place = {int(key): column for column, key in enumerate(keys[0])}
-    return np.array([place.get(int(key), -1) for key in keys[1]], np.int64)
+    here, there = (2 * s.vertices.numpy() + (np.arange(s.n_vertices) >= s.n_lh) for s in (space, other))
+    return pd.Index(here).get_indexer(there)
 
 
 def roi_labels(space, group, subject=None):
@@ -41,28 +41,29 @@ def roi_masks(space, subject=None):
         names = {value: name for value, name in roi["names"].items() if value > 0}
         masks |= {(group, name): present & (labels == value) for value, name in names.items()}
         for name in names.values():
-            part = re.fullmatch(r"(?P<whole>V\d)[vd]|(?P<area>.+)-\d", name)
-            if part:
-                area = group, part["whole"] or part["area"]
-                masks[area] = masks.get(area, False) | masks[group, name]
+            area = re.sub(r"(?<=^V\d)[vd]$|-\d$", "", name)
+            if area != name:
+                masks[group, area] = masks.get((group, area), False) | masks[group, name]
     return masks
 
 
-def pearson(activity, prediction):
-    """Pearson r per vertex. (n_images, n_vertices) tensors -> (n_vertices,) float64, CPU; 0 where either is constant."""
-    x, y = activity.float(), prediction.float()
-    check_finite(y)
-    if len(x) < 2:
-        return torch.full(x.shape[1:], torch.nan, dtype=torch.float64)
-    constant = (x == x[0]).all(0) | (y == y[0]).all(0)
-    x, y = x - x.mean(0), y - y.mean(0)
-    xx, yy, xy = ((a * b).sum(0, dtype=torch.float64) for a, b in ((x, x), (y, y), (x, y)))
-    return torch.where(constant, 0, xy / (xx * yy).sqrt()).clamp(-1, 1).cpu()
+def vertex_scores(activity, prediction, ceiling):
+    """Scores of every vertex -> {metric: (n_vertices,) float64 array}; r is 0 where either is constant.
+
+    activity, prediction (n_images, n_vertices) tensors, ceiling (n_vertices,) array of fractions, NaN: unknown.
+    """
+    y, x = activity.float(), prediction.float()
+    constant = (y == y[0]).all(0) | (x == x[0]).all(0)
+    y, x = y - y.mean(0), x - x.mean(0)
+    yy, xx, xy = ((a * b).sum(0, dtype=torch.float64) for a, b in ((y, y), (x, x), (x, y)))
+    r = torch.where(constant, 0, xy / (xx * yy).sqrt()).clamp(-1, 1)
+    return by_metric(r2_score(activity, prediction), r, ceiling)
 
 
-def challenge_score(r, ceiling):
-    """r, ceiling (n_vertices,) arrays, ceilings as fractions -> (n_vertices,), 0 to 1."""
-    return np.minimum(np.maximum(r, 0) ** 2 / np.where(ceiling == 0, 1e-14, ceiling), 1)
+def by_metric(r2, r, ceiling):
+    """R² and r as tensors (…, n_vertices) -> {metric: array}."""
+    challenge = np.minimum(np.maximum(r.numpy(), 0) ** 2 / np.maximum(ceiling, 1e-14), 1)
+    return {"r2": r2.numpy(), "r": r.numpy(), "challenge": challenge}
 
 
 def draw_pictures(n_pictures, n_resamples, seed):
@@ -73,10 +74,9 @@ def draw_pictures(n_pictures, n_resamples, seed):
 
 
 def resampled_scores(activity, prediction, weights, ceiling):
-    """Scores of every vertex with pictures repeated -> {metric: (n_resamples, n_vertices)} float32 arrays.
+    """vertex_scores() with pictures repeated -> {metric: (n_resamples, n_vertices) float32 array}, NaN without any.
 
-    activity, prediction (n_images, n_vertices), weights (n_resamples, n_images), ceiling (n_vertices,), NaN: unknown.
-    Sums over pictures are matrix products with the weights, in float64. NaN without any picture.
+    weights (n_resamples, n_images): how often. Sums over pictures are matrix products with them, in float64.
     """
     weights, y, x = weights.double(), activity.double(), prediction.double()
     y, x = y - y.mean(0), x - y.mean(0)  # the same shift for both
@@ -89,13 +89,11 @@ def resampled_scores(activity, prediction, weights, ceiling):
     product = (squares_y + squares_x - residual) / 2 - sum_y * sum_x / n
     r = torch.where(constant_y | constant_x, 0, product / (around_y * around_x).sqrt()).clamp(-1, 1)
     r2 = torch.where(constant_y, (residual == 0).double(), 1 - residual / around_y)
-    scores = {"r2": r2.numpy(), "r": r.numpy(), "challenge": challenge_score(r.numpy(), ceiling)}
-    return {metric: score.astype(np.float32) for metric, score in scores.items()}
+    return {metric: score.astype(np.float32) for metric, score in by_metric(r2, r, ceiling).items()}
 
 
 def interval(score, resampled):
-    """95 % interval of a score, or of a difference of scores, from its resampled values (n_resamples,) -> [low, high],
-    or None without any.
+    """95 % interval [low, high] of a score or difference from its resampled values (n_resamples,); None without any.
 
     The middle 95 % of the resampled values, moved so that their median is the score: resamples repeat pictures, which
     alone lowers R² by about 1 / n_images and raises the challenge score.
