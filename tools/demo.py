@@ -1,7 +1,7 @@
 """Everything on a simulated challenge folder with known answers (tools/simulate.py): no data, network or GPU needed.
 
 The five stages, evaluation, one's own pictures, explanations and a new person, each as the command that a user types.
-Everything is written below DEMO_DIR, which the next run replaces. Some 5 minutes on two cores.
+Everything is written below DEMO_DIR, which the next run replaces. Some 3 minutes on two cores.
 """
 
 import importlib

@@ -13,6 +13,7 @@ OUTPUT_DIR gets
 
 import itertools
 import json
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,21 +53,18 @@ FEWEST_PICTURES = 10  # of a subject; with fewer there is no interval
 N_EXAMPLES = 6  # of figure 4b
 SPLITS = {"val": "validation", "test": "private test", "heldout": "held-out pictures"}
 SPLITS |= {"challenge": "challenge test", "synthetic": "NSD-synthetic"}
+CEILING = ("noise ceiling", "r2")  # key of the noise ceilings among the maps of scores
 TITLES = {"r2": "median R²", "r": "median r", "challenge": "challenge score"}
-
-
-# ---- what is scored ------------------------------------------------------------------------------
 
 
 def read_sides(folder, name, space, s, shape=()):
     """folder/{lh,rh}_NAME.npy in the challenge's vertex order -> (*shape, n_vertices) float32 of the common space, NaN
     where missing; None if there are no such files. Raises UserError for NaN, infinite values and other shapes."""
-    paths = {hemi: Path(folder) / f"{hemi}_{name}.npy" for hemi in HEMIS}
-    if not any(path.exists() for path in paths.values()):
+    if not any(Path(folder).glob(f"?h_{name}.npy")):
         return None
     common = np.full((*shape, space.n_vertices), np.nan, np.float32)
-    for hemi, path in paths.items():
-        columns = space.columns(s, hemi)
+    for hemi in HEMIS:
+        columns, path = space.columns(s, hemi), Path(folder) / f"{hemi}_{name}.npy"
         common[..., columns] = prepare_data.read_npy(path, (*shape, len(columns)))
         if not np.isfinite(common[..., columns]).all():
             raise UserError(f"{path} holds numbers that are not finite.")
@@ -75,7 +73,7 @@ def read_sides(folder, name, space, s, shape=()):
 
 def read_ceilings(root, space):
     """Noise ceilings as fractions (n_subjects, n_vertices), NaN for subjects without. Files may hold percent."""
-    ceilings = np.full((len(space.subjects), space.n_vertices), np.nan)
+    ceilings = np.full(space.mask.shape, np.nan)
     for s, subject in enumerate(space.subjects if space.unit == "vertices" else ()):
         values = read_sides(Path(root) / subject / "test_split/noise_ceiling", "noise_ceiling", space, s)
         if values is not None:
@@ -139,48 +137,44 @@ def predictions(predictor, space, s, images):
     return {"subject": torch.from_numpy(values)}
 
 
-# ---- scores and intervals ------------------------------------------------------------------------
-
-
 def measure(data, split, predictor, infos, ceilings):
     """Score a split -> split, n_images and n_left_out {subject: pictures}, n_pictures (unique ones), maps {(prediction,
     metric): (n_subjects, n_vertices)}, table of summarise(), examples of choose_examples(); None without pictures."""
-    space, samples, left_out, examples = data.space, {}, {}, ()
-    known = find(predictor.space, space) >= 0 if predictor else np.ones(space.n_vertices, bool)
+    space, samples, n_left_out, examples = data.space, {}, dict.fromkeys(data.space.subjects, 0), []
     for s, subject in enumerate(space.subjects):
-        ids, *sample = read_samples(data, split, s) or [np.array([])]
-        fresh = np.flatnonzero(~np.isin(ids, trained_pictures(infos, data, split, subject)))
-        left_out[subject] = len(ids) - len(fresh)
-        if left_out[subject]:
-            print(f"{subject}, {SPLITS[split]}: left out {left_out[subject]} that the model was trained on")
+        sample = read_samples(data, split, s)
+        if sample is None:
+            continue
+        fresh = np.flatnonzero(~np.isin(sample[0], trained_pictures(infos, data, split, subject)))
+        n_left_out[subject] = len(sample[0]) - len(fresh)
+        if n_left_out[subject]:
+            print(f"{subject}, {SPLITS[split]}: left out {n_left_out[subject]} that the model was trained on")
         if len(fresh) > 1:  # R² needs two
-            samples[s] = fresh, ids[fresh], *sample
+            samples[s] = fresh, *sample
     if not samples:
         return None
-    pictures = np.unique(np.concatenate([ids for _, ids, *_ in samples.values()]))
-    weights, rows, scores, resampled = draw_pictures(len(pictures), RESAMPLES, SEED), [], {}, {}
+    pictures = np.unique(np.concatenate([ids[fresh] for fresh, ids, *_ in samples.values()]))
+    weights = draw_pictures(len(pictures), RESAMPLES, SEED)
+    maps = defaultdict(lambda: np.full(space.mask.shape, np.nan))
+    resampled = defaultdict(lambda: np.full((RESAMPLES, *space.mask.shape), np.nan, np.float32))
+    known = find(predictor.space, space) >= 0 if predictor else True
     for s, (fresh, ids, images, activity) in samples.items():
         present = space.present(s) & known
-        y, ceiling = torch.from_numpy(activity[fresh][:, present]).float(), ceilings[s, present]
-        drawn = weights[:, np.searchsorted(pictures, ids)] * (1 if len(ids) >= FEWEST_PICTURES else np.nan)
-        rows.append([np.full(len(ceiling), s), np.flatnonzero(present)])
+        y = torch.from_numpy(activity[fresh][:, present]).float()
+        drawn = weights[:, np.searchsorted(pictures, ids[fresh])] * (1 if len(fresh) >= FEWEST_PICTURES else np.nan)
         for prediction, values in predictions(predictor, space, s, images).items():
-            values = values[fresh][:, present]
-            own = vertex_scores(y, values, ceiling)
-            for metric, repeated in resampled_scores(y, values, drawn, ceiling).items():
-                scores.setdefault((prediction, metric), []).append(own[metric])
-                resampled.setdefault((prediction, metric), []).append(repeated)
-            examples = examples or (space.subjects[s], choose_examples(ids, images[fresh], y, values, present))
-    rows, maps = np.concatenate(rows, 1), {("noise ceiling", "r2"): ceilings}
-    scores = {key: np.concatenate(parts) for key, parts in scores.items()} | {("noise ceiling", "r2"): ceilings[*rows]}
-    scores = {key: values for key, values in scores.items() if np.isfinite(values).any()}
-    for key, values in scores.items():
-        maps[key] = np.full(space.mask.shape, np.nan)
-        maps[key][*rows] = values
-    table = summarise(space, rows, scores, {key: np.concatenate(resampled.pop(key), 1) for key in list(resampled)})
-    n_images = {space.subjects[s]: len(ids) for s, (_, ids, *_) in samples.items()}
-    counts = {"split": split, "n_images": n_images, "n_left_out": left_out, "n_pictures": len(pictures)}
-    return SimpleNamespace(**counts, maps=maps, table=table, examples=examples)
+            inputs = y, values[fresh][:, present]
+            for metric, scores in vertex_scores(*inputs, ceilings[s, present]).items():
+                maps[prediction, metric][s, present] = scores
+            for metric, scores in resampled_scores(*inputs, drawn, ceilings[s, present]).items():
+                resampled[prediction, metric][:, s, present] = scores
+            examples = examples or choose_examples(ids[fresh], images[fresh], *inputs, present)
+        maps[CEILING][s, present] = ceilings[s, present]
+    return SimpleNamespace(
+        split=split, n_images={space.subjects[s]: len(fresh) for s, (fresh, *_) in samples.items()},
+        n_left_out=n_left_out, n_pictures=len(pictures), table=summarise(space, maps, resampled), examples=examples,
+        maps={key: values for key, values in maps.items() if key == CEILING or np.isfinite(values).any()},
+    )  # fmt: skip
 
 
 def choose_examples(ids, images, activity, prediction, present):
@@ -194,32 +188,28 @@ def choose_examples(ids, images, activity, prediction, present):
     return examples
 
 
-def summarise(space, rows, scores, resampled):
+def summarise(space, maps, resampled):
     """Averages over vertices by prediction, subject ("all" pools all subjects' vertices), hemisphere, ROI and metric.
 
-    rows (2, n): subject and vertex of each score; scores {(prediction, metric): (n,)}; resampled {…: (n_resamples, n)}.
+    maps {(prediction, metric): (n_subjects, n_vertices)}; resampled {…: (n_resamples, n_subjects, n_vertices)}.
     score is the median, of challenge scores the mean; low, high its 95 % interval, for ROIs that of R² only.
     """
-    (s, vertex), table = rows, []
-    masks, left = [roi_masks(space, i) for i in range(len(space.subjects))], vertex < space.n_lh
-    members = {"all": s >= 0} | {name: s == i for i, name in enumerate(space.subjects)}
-    for roi in masks[0]:
-        inside = np.stack([mask[roi] for mask in masks])[s, vertex]
-        for hemi, side in (("both", s >= 0), ("lh", left), ("rh", ~left)):
-            for (subject, member), (key, values) in itertools.product(members.items(), scores.items()):
-                chosen = np.flatnonzero(inside & side & member & np.isfinite(values))
-                if not len(chosen):
-                    continue
-                average, ends = np.mean if key[1] == "challenge" else np.median, None
-                if key in resampled and hemi == "both" and (roi == ("all", "all") or key == ("subject", "r2")):
-                    ends = interval(average(values[chosen]), average(resampled[key][:, chosen], axis=1))
-                numbers = average(values[chosen]), *(ends or (np.nan, np.nan)), np.median(values[chosen])
-                table.append((key[0], subject, hemi, *roi, key[1], *numbers, np.mean(values[chosen]), len(chosen)))
+    table, masks = [], [roi_masks(space, s) for s in range(len(space.subjects))]
+    left, rows = np.arange(space.n_vertices) < space.n_lh, np.arange(len(masks))[:, None]
+    sides = {"both": left | True, "lh": left, "rh": ~left}
+    members = {"all": rows >= 0} | {name: rows == s for s, name in enumerate(space.subjects)}
+    for roi, hemi, subject, key in itertools.product(masks[0], sides, members, maps):
+        inside = np.stack([mask[roi] for mask in masks]) & sides[hemi] & members[subject] & np.isfinite(maps[key])
+        values = maps[key][inside]
+        if not len(values):
+            continue
+        average, ends = np.mean if key[1] == "challenge" else np.median, None
+        if key in resampled and hemi == "both" and (roi == ("all", "all") or key == ("subject", "r2")):
+            ends = interval(average(values), average(resampled[key][:, inside], axis=1))
+        numbers = average(values), *(ends or (np.nan, np.nan)), np.median(values), np.mean(values), len(values)
+        table.append((key[0], subject, hemi, *roi, key[1], *numbers))
     columns = ["prediction", "subject", "hemisphere", "roi_group", "roi", "metric", "score", "low", "high"]
     return pd.DataFrame(table, columns=[*columns, "median", "mean", f"n_{space.unit}"])
-
-
-# ---- what is written -----------------------------------------------------------------------------
 
 
 def headlines(part):
@@ -236,10 +226,11 @@ def overview(parts):
     """Headlines of scored splits as a DataFrame of text."""
     tables = []
     for part in parts:
-        rows = headlines(part).assign(split=SPLITS[part.split])
+        rows = headlines(part)
         rows = rows[(rows.subject == "all") | (rows.prediction != "noise ceiling") & (len(part.n_images) > 1)]
-        rows["pictures"] = rows.subject.map({"all": part.n_pictures} | part.n_images)
-        tables.append(rows.assign(text=[show(row) for row in rows.itertuples()]))
+        pictures = rows.subject.map({"all": part.n_pictures} | part.n_images)
+        text = [show(row) for row in rows.itertuples()]
+        tables.append(rows.assign(split=SPLITS[part.split], pictures=pictures, text=text))
     index = ["split", "prediction", "subject", "pictures"]
     table = pd.concat(tables).pivot_table("text", index, "metric", aggfunc="first", sort=False)
     return table.rename(columns=TITLES).rename_axis(columns=None).fillna("–").reset_index()
@@ -256,13 +247,15 @@ def cite(part):
 
 def record(part):
     """For scores.json: counts, and scores[prediction][subject or "all"][metric]."""
-    content = {name: getattr(part, name) for name in ("split", "n_images", "n_left_out", "n_pictures")} | {"scores": {}}
+    scores = {}
     for row in headlines(part).itertuples():
         average = "mean" if row.metric == "challenge" else "median"
-        numbers = {"median": row.median, "mean": row.mean}
-        numbers[f"{average}_95"] = None if np.isnan(row.low) else [row.low, row.high]
-        content["scores"].setdefault(row.prediction, {}).setdefault(row.subject, {})[row.metric] = numbers
-    return content
+        ends = None if np.isnan(row.low) else [row.low, row.high]
+        numbers = {"median": row.median, "mean": row.mean, f"{average}_95": ends}
+        scores.setdefault(row.prediction, {}).setdefault(row.subject, {})[row.metric] = numbers
+    return {name: getattr(part, name) for name in ("split", "n_images", "n_left_out", "n_pictures")} | {
+        "scores": scores
+    }
 
 
 def write_scores(folder, what, parts, reported, space):

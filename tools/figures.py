@@ -22,7 +22,7 @@ SCORE_NAMES = {"r2": "R²", "challenge": "noise-normalised score"}
 
 def save_all(folder, space, part, predictor, roi_group, fsaverage_dir, seed):
     """Write figure_*.png. part: of evaluate.measure(). Figures 2 and 3 are of one checkpoint, not of averages."""
-    flat, figures, (subject, examples) = FlatMap(space, fsaverage_dir), {}, part.examples
+    flat, figures = FlatMap(space, fsaverage_dir), {}
     if predictor and len(predictor.encoders) == 1:
         [encoder], [path], [info] = predictor.encoders, predictor.paths, predictor.info
         figures["2a_pooling_maps"] = figure_2a(*pooling_exemplars(encoder, seed))
@@ -33,8 +33,9 @@ def save_all(folder, space, part, predictor, roi_group, fsaverage_dir, seed):
         maps = score_maps(part.maps, metric, space.subjects)
         if maps:
             figures[f"4a_{name}_maps"] = figure_4a(maps, metric, flat, roi_group)
+    subject = next(iter(part.n_images))
     outlines = flat.outlines(roi_group, space.subjects.index(subject))
-    figures["4b_samples"] = figure_4b(examples, f"activity of {subject} (z)", flat, outlines)
+    figures["4b_samples"] = figure_4b(part.examples, f"activity of {subject} (z)", flat, outlines)
     if space.rois:
         figures["4c_rois"] = figure_4c(part.table, space.unit)
     for name, figure in figures.items():

@@ -106,10 +106,8 @@ def pixels(space):
 def fit_limits(maps, symmetric=True):
     """Ends of one colour scale for maps: the 99 % quantile of |values| that are not 0, rounded up ->
     (-end, end); not symmetric: (0, end) of what is above zero."""
-    values = np.concatenate([np.asarray(v, float).ravel() for v in maps])
-    values = np.abs(values) if symmetric else np.maximum(values, 0)
-    values = values[values > 0]
-    end = np.quantile(values, 0.99) if len(values) else 1
+    values = np.abs(maps) if symmetric else np.asarray(maps)
+    end = np.quantile(values[values > 0], 0.99) if (values > 0).any() else 1
     power = 10.0 ** np.floor(np.log10(end))
     end = float(np.ceil(2 * end / power - 1e-9) * power / 2)  # 1, 1.5, 2 … of the power
     return (-end if symmetric else 0.0, end)

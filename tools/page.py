@@ -6,15 +6,14 @@ import json
 
 import jinja2
 import numpy as np
-from nilearn import datasets, surface
 from PIL import Image
 from plotly.colors import get_colorscale
 from plotly.io import to_html
 
+from core.space import HEMIS
 from tools.figures import SCORE_NAMES, score_maps
-from tools.flatmap import fit_limits
+from tools.flatmap import fit_limits, join, load_surface
 
-N_FSAVERAGE5 = 10242  # vertices per hemisphere: the first of fsaverage
 ASIDE = 60  # mm that each inflated hemisphere is moved, as both lie around the origin
 TEMPLATE = jinja2.Template(
     """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
@@ -67,31 +66,27 @@ def write_page(folder, title, number, overview, part, space, what):
 def cortex(maps, space):
     """The inflated fsaverage5 in 3D as HTML, with a menu of maps. Codes of faces are per cent of the scale's upper end;
     where a vertex is missing they are below 0: grey, sulci darker."""
-    files, halves = datasets.fetch_surf_fsaverage("fsaverage5"), ("left", "right")  # comes with nilearn
-    (left, faces), (right, right_faces) = (surface.load_surf_mesh(files[f"infl_{half}"]) for half in halves)
-    x, y, z = np.concatenate([left - [ASIDE, 0, 0], right + [ASIDE, 0, 0]]).T.tolist()
-    faces = np.concatenate([faces, right_faces + N_FSAVERAGE5])
-    curvature = np.concatenate([surface.load_surf_data(files[f"curv_{half}"]) for half in halves])
-    grey, full, buttons = np.where(curvature[faces[:, 0]] > 0, -9, -3), np.full(2 * N_FSAVERAGE5, np.nan), []
-    inside = space.vertices.numpy() < N_FSAVERAGE5
-    place = space.vertices.numpy() + N_FSAVERAGE5 * (np.arange(space.n_vertices) >= space.n_lh)
+    points, faces, column, grey = join(*(load_surface(space, "infl", hemi) for hemi in HEMIS))
+    points = points + np.where(np.arange(len(points)) < len(points) // 2, -ASIDE, ASIDE)[:, None] * [1, 0, 0]
+    missing = np.where(grey[faces[:, 0]] < 0.7, -9, -3)
+    buttons = []
     for metric, name in SCORE_NAMES.items():
         shown = score_maps(maps, metric, space.subjects)
-        top = fit_limits([values for values, _ in shown.values()], symmetric=False)[1] if shown else 1
+        _, top = fit_limits([values for values, _ in shown.values()], symmetric=False)
         for title, (values, _) in shown.items():
-            full[place[inside]] = values[inside]
-            codes = 100 * full[faces].mean(1) / top
-            codes = np.where(np.isnan(codes), grey, np.clip(np.nan_to_num(codes), 0, 100)).astype(int).tolist()
+            codes = 100 * np.append(values, np.nan)[column[faces]].mean(1) / top
+            codes = np.where(np.isnan(codes), missing, codes.clip(0, 100)).astype(int).tolist()
             label = f"{title}: {name}, 0 to {top:g}"
             buttons.append({"method": "restyle", "label": label, "args": [{"intensity": [codes]}]})
     scale = [[0, "#999"], [0.05, "#999"], [0.05, "#bdbdbd"], [0.1, "#bdbdbd"]]
     scale += [[0.1 + 0.9 * place, colour] for place, colour in get_colorscale("Inferno")]
-    mesh = {"type": "mesh3d", "x": x, "y": y, "z": z, "intensitymode": "cell", "colorscale": scale, "hoverinfo": "skip"}
-    mesh |= dict(zip("ijk", faces.T.tolist())) | {"intensity": buttons[0]["args"][0]["intensity"][0]}
-    mesh |= {"cmin": -100 / 9, "cmax": 100, "colorbar": {"tickvals": [0, 100], "ticktext": ["0", "top"]}}
+    mesh = {"type": "mesh3d"} | dict(zip("xyz", points.T.tolist())) | dict(zip("ijk", faces.T.tolist()))
+    mesh |= {"intensitymode": "cell", "intensity": buttons[0]["args"][0]["intensity"][0], "hoverinfo": "skip"}
+    mesh |= {"colorscale": scale, "cmin": -100 / 9, "cmax": 100}
+    mesh["colorbar"] = {"tickvals": [0, 100], "ticktext": ["0", "top"]}
     scene = {f"{name}axis": {"visible": False} for name in "xyz"} | {"aspectmode": "data"}
     scene["camera"] = {"eye": {"x": 0, "y": -1.6, "z": 0.4}}  # from behind
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.08, "yanchor": "top"}
     layout = {"scene": scene, "height": 560, "margin": {"l": 0, "r": 0, "b": 0}, "updatemenus": [menu]}
-    options = {"full_html": False, "include_plotlyjs": True, "config": {"responsive": True}, "validate": False}
-    return to_html({"data": [mesh], "layout": layout}, **options)
+    options = {"include_plotlyjs": True, "config": {"responsive": True}, "validate": False}
+    return to_html({"data": [mesh], "layout": layout}, full_html=False, **options)
