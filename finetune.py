@@ -17,7 +17,7 @@ RUN_DIR: str = "runs/base"  # input and output
 CHECKPOINT: str = ""  # to start from; empty: head.pt in RUN_DIR
 
 BATCH_SIZE: int = 192  # samples per optimiser step (report, Table 3)
-MICRO_BATCH: int = 0  # samples at a time; 0: the whole batch; less needs less GPU memory, batch norm sees it
+MICRO_BATCH: int = 0  # samples at a time (gradient accumulation); 0: the whole batch; batch norm uses it, too
 STEPS: int = 2000  # optimiser steps (report, Table 3)
 WARMUP_STEPS: int = 100  # linear from MIN_LEARNING_RATE (report, Table 3)
 LEARNING_RATE: float = 1e-5  # peak, then cosine decay (report, Table 3)
@@ -33,7 +33,7 @@ SEED: int = 0  # of order, crops and dropout
 PRECISION: str = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
 DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 COMPILE: bool = False  # true: torch.compile the trunk
-OVERWRITE: bool = False  # start again although RUN_DIR holds results
+OVERWRITE: bool = False  # start over even if RUN_DIR contains results
 
 
 def main():
@@ -47,9 +47,9 @@ def main():
     encoder, _, made = load_checkpoint(path)
     inputs = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
     if any(made["made_with"].get(name) != value for name, value in inputs.items()):
-        raise UserError(f"{path} was trained on other data than {DATA_DIR}: run train_head.py on these.")
+        raise UserError(f"{path} was not trained on {DATA_DIR}: run train_head.py on it first.")
     if made["added"] or not made["finished"]:
-        raise UserError(f"{path} has not been trained to the end, or has people added by adaptation.")
+        raise UserError(f"{path} comes from an unfinished run, or has subjects added by tools.adapt.")
     for name in encoder.trunk.attention_parameters():
         encoder.trunk.get_parameter(name).requires_grad_(True)
     inputs["head_fingerprint"] = made["fingerprint"]

@@ -24,7 +24,7 @@ PCA_DIM: int = 2048  # components (report, Table 1)
 PASSES: int = 4  # power iterations of the randomised SVD
 SEED: int = 0  # of its starting block
 DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N; a GPU needs 16 GB at full size
-OVERWRITE: bool = False  # fit again although pca.pt exists
+OVERWRITE: bool = False  # fit again even if pca.pt exists
 
 FORMAT = "pca-3"
 CHUNK = 1024  # samples
@@ -53,7 +53,7 @@ def fit(y, pca_dim, passes, seed):
         block = min(pca_dim + max(16, pca_dim // 10), *y.shape)
         components = torch.svd_lowrank(y, q=block, niter=passes)[2][:, :pca_dim].contiguous()
     least, most = torch.aminmax(components, dim=0)
-    return components * torch.where(most >= -least, 1.0, -1.0)  # signs as scikit-learn settles them
+    return components * torch.where(most >= -least, 1.0, -1.0)  # same sign convention as scikit-learn
 
 
 def project(data, components, mean):

@@ -123,7 +123,7 @@ def main():
     data = prepare_data.load(DATA_DIR)
     predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
     if any(info["made_with"].get("data_fingerprint") != data.fingerprint for info in predictor.info):
-        raise UserError(f"{predictor} was trained on other data than {DATA_DIR}.")
+        raise UserError(f"{predictor} was not trained on {DATA_DIR}.")
     if not len(data.test_image):
         raise UserError(f"{DATA_DIR} has no test pictures: prepare it from a folder with test_split.")
     rows = np.unique(data.test_image)
@@ -140,7 +140,7 @@ def main():
                     path = folder / name / f"{hemi}_pred_test.npy"
                     np.save(path, getattr(activity, hemi))
                     archive.write(path, f"{name}/{path.name}")
-    print(f"wrote {SUBMISSION_DIR}/submission.zip: {len(predictor.subjects)} subjects, {len(rows)} different pictures")
+    print(f"wrote {SUBMISSION_DIR}/submission.zip: {len(predictor.subjects)} subjects, {len(rows)} unique pictures")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from model import PICTURE_SIZE, UserError
 CHALLENGE_DIR: str = "challenge"  # the organisers' folder with subj01 … subj08, any subset of them
 DATA_DIR: str = "data"  # output, read by all later stages
 SUBJECTS: str = ""  # folder names separated by commas; empty: every subjNN in CHALLENGE_DIR
-SPLITS: str = "pictures"  # pictures: 85/10/5 % by picture; shared: pictures that all saw are the test; authors: theirs
+SPLITS: str = "pictures"  # pictures: 85/10/5 % by picture; shared: test on pictures that all saw; authors: theirs
 SEED: int = 0  # of the splits
-OVERWRITE: bool = False  # prepare again although DATA_DIR is complete
+OVERWRITE: bool = False  # prepare again even if DATA_DIR is complete
 
 SPLIT_NAMES = ("train", "val", "test")  # "test" is private, not the challenge's
 FORMAT = "prepared-3"
@@ -53,7 +53,7 @@ class Subject:
 
 
 def read_folder(folder, names=""):
-    """[Subject] of a challenge folder; the first fault of every subject is reported at once."""
+    """[Subject] of a challenge folder; reports the first error of every subject together."""
     folder = Path(folder)
     wanted = sorted(names.replace(",", " ").split())
     wanted = wanted or sorted(p.name for p in folder.glob("subj[0-9][0-9]") if p.is_dir()) or ["subj01"]
@@ -113,10 +113,10 @@ def list_pictures(folder):
         else:
             ids.append(-1 - int(hashlib.blake2b(path.read_bytes(), digest_size=7).hexdigest(), 16))
     if numbers != sorted(numbers):
-        raise UserError(f"{folder}: names sort in another order than their numbers: pad these with zeros.")
+        raise UserError(f"{folder}: names do not sort in numerical order: pad the numbers with zeros.")
     if len(set(ids)) < len(ids):
         twice = paths[next(i for i, nsd_id in enumerate(ids) if nsd_id in ids[:i])]
-        raise UserError(f"{twice} shows a picture that occurs more than once: average the activity of its repeats.")
+        raise UserError(f"{twice} is a duplicate: keep one picture and average the activity over its repeats.")
     return paths, np.array(ids, np.int64)
 
 
@@ -156,7 +156,7 @@ def read_mapping(path):
 
 
 def check_activity(path):
-    """Refuse NaN and activity far from z-scores: the median deviation has to be 1/3 to 3, the median |mean| below 3."""
+    """Reject NaN and activity far from z-scores: the median SD must be 1/3 to 3, the median |mean| below 3."""
     activity = np.array(read_npy(path))  # read once
     if activity.dtype.kind != "f" or not np.isfinite(activity).all():
         raise UserError(f"{path} ({activity.dtype}) must hold floats without NaN or infinite values.")
@@ -265,7 +265,7 @@ def decode_pictures(paths):
 def write_prepared(
     folder, *, space, samples, nsd_ids, n_training_images, activity, images, splits, made_with, test_activity=None
 ):
-    """Write DATA_DIR. Without prepared.pt, which is written last, it counts as not prepared.
+    """Write DATA_DIR. prepared.pt is written last; without it the folder counts as unprepared.
 
     samples: {"subject", "image", "split" (n_samples,), "test_subject", "test_image" (n_test_samples,)}, see Prepared;
     nsd_ids (n_images,); activity, test_activity: iterables of blocks (n, n_vertices); images: iterable of pictures.
@@ -361,7 +361,7 @@ def assign_splits(subjects, training_ids):
         counts, n_vertices = np.bincount(split, minlength=3), sum(len(s.vertices[hemi]) for hemi in HEMIS)
         print(f"{s.name:10} {counts[0]:7} {counts[1]:7} {counts[2]:7} {n_vertices:9}")
         if not counts[0] or not counts[1]:
-            raise UserError(f"{s.name} has {len(s.pictures)} training pictures, too few to train and validate with.")
+            raise UserError(f"{s.name} has {len(s.pictures)} training pictures, too few for training and validation.")
     return np.concatenate(splits)
 
 

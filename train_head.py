@@ -27,7 +27,7 @@ PCA_DIM: int = 0  # components used, the PCA's first; 0: all that fit_pca.py fit
 INIT_FROM: str = ""  # checkpoint whose head the training starts from; empty: random
 
 BATCH_SIZE: int = 512  # samples per optimiser step (report, Table 2)
-MICRO_BATCH: int = 0  # samples at a time; 0: the whole batch; less needs less GPU memory, batch norm sees it
+MICRO_BATCH: int = 0  # samples at a time (gradient accumulation); 0: the whole batch; batch norm uses it, too
 STEPS: int = 5000  # optimiser steps (report, Table 2)
 WARMUP_STEPS: int = 250  # linear from MIN_LEARNING_RATE (report, Table 2)
 LEARNING_RATE: float = 6e-4  # peak, then cosine decay (report, Table 2)
@@ -43,7 +43,7 @@ SEED: int = 0  # of initialisation, order, crops and dropout
 PRECISION: str = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
 DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 COMPILE: bool = False  # true: torch.compile the trunk
-OVERWRITE: bool = False  # start again although RUN_DIR holds results
+OVERWRITE: bool = False  # start over even if RUN_DIR contains results
 
 
 def new_learner(trunk, settings, name, data, pca, device, precision):

@@ -48,7 +48,7 @@ def read_checkpoint(path):
 
 
 def mark_finished(path):
-    """Record that the training which chose this checkpoint has ended."""
+    """Mark the training run of this checkpoint as finished."""
     content = read_checkpoint(path)
     if not content["finished"]:
         save_torch(path, content | {"finished": True}, FORMAT)
@@ -65,12 +65,12 @@ def load_checkpoint(path, device="cpu"):
     """-> (Encoder on device in eval mode, Space, the rest of the checkpoint as a dict)."""
     content = read_checkpoint(path)
     if content["source"] != SOURCE:
-        print(f"note: {path} was made with another model.py")
+        print(f"note: {path} was written with a different model.py")
     trunk = Trunk(**content["trunk_settings"])
     stored, weights = content.pop("trunk"), content.pop("head")
     loaded = fingerprint(*(value for name, value in trunk.state_dict().items() if name not in stored))
     if loaded != content["trunk_fingerprint"]:
-        raise UserError(f"{path} was trained on other weights of {trunk.settings['name']} than those loaded here.")
+        raise UserError(f"{path} was trained with other {trunk.settings['name']} weights than those loaded here.")
     n_subjects, pca_dim, latent_dim = weights["subject_weight"].shape
     with torch.device("meta"):
         head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, len(weights["embed_bias"]))

@@ -1,4 +1,4 @@
-"""One process or several: torchrun starts them, and the environment alone tells.
+"""One process or several: the environment variables set by torchrun show which.
 
 Without torchrun every function here does next to nothing. With it, rank 0 alone prints and writes.
 """

@@ -14,7 +14,7 @@ from model import UserError
 
 
 def aside_of(path):
-    """Where a file or folder is written before it is renamed to path; what a killed run left there is overwritten."""
+    """Where a file or folder is written before it is renamed to path; leftovers of a killed run are overwritten."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name[:60]}.part")

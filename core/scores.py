@@ -8,7 +8,7 @@ from model import UserError
 
 def check_finite(prediction):
     if not torch.isfinite(prediction).all():
-        raise UserError("the predictions are not finite numbers: the checkpoint cannot be used.")
+        raise UserError("predictions contain NaN or infinite values, which are not finite: the checkpoint is unusable.")
 
 
 def r2_score(activity, prediction):

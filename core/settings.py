@@ -77,7 +77,7 @@ def check_same(path, before, now):
     names = [name for name in now | before if before.get(name) != now.get(name)]
     if names:
         listed = "; ".join(f"{name}: {before.get(name)} before, {now.get(name)} now" for name in names)
-        raise UserError(f"{path} has results of other settings ({listed}): use another folder, or --overwrite true.")
+        raise UserError(f"{path} was made with different settings ({listed}): use another folder or --overwrite true.")
 
 
 def run(main, namespace, many=False):
@@ -106,7 +106,7 @@ def run(main, namespace, many=False):
 
 
 def choose_device(name):
-    """ "auto" takes a GPU where there is one; under torchrun each process its own."""
+    """ "auto" uses a GPU if there is one; under torchrun each process uses its own."""
     if name == "cpu" or name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if not re.fullmatch(r"auto|cuda(:\d+)?", name) or distributed.launched() and name != "auto":

@@ -33,7 +33,7 @@ IMAGE_KEYS = ("images", "top", "left", "size")
 
 
 def sample_order(step, batch_size, n_samples, seed):
-    """Positions (batch_size,) of a step's samples: every epoch a new permutation, batches run across its end.
+    """Positions (batch_size,) of a step's samples: a new permutation each epoch; batches may span two epochs.
 
     Depends on seed and step alone, so that a run can continue anywhere.
     """
@@ -153,7 +153,7 @@ class Learner:
         self.loss = self.loss + loss.detach()
 
     def update(self):
-        """The optimiser's step. A step that loss scaling skips leaves no trace: batch norm's buffers are restored."""
+        """The optimiser's step. If loss scaling skips the step, batch norm's buffers are restored."""
         distributed.average_gradients(self.trainable.values())
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.settings)
@@ -174,7 +174,7 @@ class Learner:
         return scale > 1e-6 and (math.isfinite(self.loss) or scale > 1)
 
     def state(self):
-        """Everything that a continuation needs."""
+        """Everything needed to resume."""
         changing = self.trainable | {f"head.{name}": value for name, value in self.encoder.head.named_buffers()}
         state = {name: getattr(self, name) for name in STATE} | {"loss_sum": float(self.loss_sum), "source": SOURCE}
         state["weights"] = {name: value.detach().cpu() for name, value in changing.items()}
@@ -202,7 +202,7 @@ class Learner:
     def clear_files(self, overwrite):
         """Remove the checkpoint, log and curves of an earlier run that cannot be continued."""
         if self.output.exists() and not overwrite and read_checkpoint(self.output)["step"]:
-            raise UserError(f"{self.output} exists without the state of its run; --overwrite true starts again.")
+            raise UserError(f"{self.output} exists but its training state is missing; --overwrite true starts over.")
         for path in (self.output, self.log_path, self.log_path.with_suffix(".png")):
             path.unlink(missing_ok=True)
 
@@ -294,7 +294,7 @@ class Run:
         every = s.VALIDATE_EVERY or math.ceil(len(batches.rows) / s.BATCH_SIZE)
         n_trainable = sum(p.numel() for p in self.learners[0].trainable.values())
         print(f"{n_trainable:,} trainable parameters, {len(batches.rows)} samples, {self.precision} on {device}")
-        print(f"{f'continuing after step {first}' if first else 'starting'}: {last} steps of {s.BATCH_SIZE}")
+        print(f"{f'resuming after step {first}' if first else 'starting'}: {last} steps of {s.BATCH_SIZE}")
         self.clock, self.clock_step = time.perf_counter(), first
         if not self.learners[0].log:
             self.validate(self.learners, images)
@@ -399,10 +399,10 @@ def save_curves(log, path):
 
 
 def check_settings(settings):
-    """UserError for settings that would train something else than they say."""
+    """Raises UserError for inconsistent settings."""
     s, world = SimpleNamespace(**settings), distributed.world_size()
     if s.BATCH_SIZE < 2 or s.MICRO_BATCH == 1 or s.BATCH_SIZE % (world * (s.MICRO_BATCH or 1)):
         expected = f"a multiple of {world} processes x MICRO_BATCH {s.MICRO_BATCH or 1}"
-        raise UserError(f"BATCH_SIZE is {s.BATCH_SIZE}, expected {expected}, and no batch of 1.")
+        raise UserError(f"BATCH_SIZE is {s.BATCH_SIZE}, expected {expected}, with at least 2 samples each.")
     if not 0 <= s.WARMUP_STEPS < s.STEPS or not 0 <= s.FEATURE_DROPOUT < 1 or not 0 < s.CROP_SCALE <= 1:
         raise UserError("WARMUP_STEPS must be below STEPS, FEATURE_DROPOUT in [0, 1), CROP_SCALE in (0, 1].")

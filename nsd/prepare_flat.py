@@ -37,7 +37,7 @@ DATA_DIR: str = prepare_data.DATA_DIR  # output, read by all later stages
 SUBJECTS: str = ""  # such as subj01,subj05; empty: all in FLAT_DIR
 SPLITS: str = "pictures"  # pictures: 85/10/5 % by picture; shared: pictures that all saw are the private test
 SEED: int = prepare_data.SEED  # of the splits
-OVERWRITE: bool = False  # prepare again although DATA_DIR is complete
+OVERWRITE: bool = False  # prepare again even if DATA_DIR is complete
 
 MAP_CORNER, MAP_SHAPE = (-100, 95), (215, 200)  # mm, upper left; rows and columns
 Z_LIMIT = 2.5  # activity is stored from -Z_LIMIT to Z_LIMIT
@@ -128,7 +128,7 @@ def prepare(made_with):
     seen[training_row, subject[~test]] = True
     split = split_by(seen, SEED)
     if not all(seen[split == i].any(0).all() for i in (0, 1)):
-        raise UserError(f"{FLAT_DIR} has a subject with too few pictures to train and validate with.")
+        raise UserError(f"{FLAT_DIR} has a subject with too few pictures for training and validation.")
     samples = {
         "subject": subject[~test], "image": image[~test], "split": split[training_row],
         "test_subject": subject[test], "test_image": image[test],
@@ -148,7 +148,7 @@ def prepare(made_with):
         activity=activity(np.flatnonzero(~test)), test_activity=activity(np.flatnonzero(test)), splits=SPLITS,
         made_with=made_with, images=decode(files, "image", first.index.to_numpy(), prepare_data.decode_picture),
     )  # fmt: skip
-    print(f"{space.n_vertices} pixels, whose scores do not compare with scores of vertices; {test.sum()} test samples")
+    print(f"{space.n_vertices} pixels, whose scores are not comparable to those of vertices; {test.sum()} test samples")
 
 
 def main():

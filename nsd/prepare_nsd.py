@@ -135,7 +135,7 @@ def read_mask(root, rsc_dir):
             inside |= read_surface(Path(rsc_dir) / f"{hemi}.nsdgeneralRSC.mgz") > 0
         vertices[hemi] = np.flatnonzero(inside)
     if not rsc_dir:
-        print("RSC_DIR is empty: the challenge has 1,564 more vertices, so scores do not compare with its scores")
+        print("RSC_DIR is empty: the challenge has 1,564 more vertices, so scores are not comparable")
     return vertices
 
 

@@ -85,7 +85,7 @@ def main():
     prepare_nsd.check_files(root, [DESIGN, STIMULI, *map(OWN_STIMULI.format, names)], betas, TRIALS_PER_SESSION)
     picture = scipy.io.loadmat(root / DESIGN)["masterordering"].ravel().astype(np.int64) - 1
     if (len(picture), picture.min(), picture.max()) != (TRIALS_PER_SESSION, 0, N_SHARED + N_OWN - 1):
-        raise UserError(f"{DESIGN} has other trials than {TRIALS_PER_SESSION} of pictures 1 to {N_SHARED + N_OWN}.")
+        raise UserError(f"{DESIGN} does not list {TRIALS_PER_SESSION} trials of pictures 1 to {N_SHARED + N_OWN}.")
     for name in names:
         with output_folder(Path(OUTPUT_DIR) / name, overwrite=OVERWRITE, marker=NOTE) as folder:
             write_subject(root, name, picture, Path(CHALLENGE_DIR) / name / "roi_masks", folder)

@@ -327,7 +327,8 @@ def test_one_person_after_another(adapted, person, plain, tmp_path):
 
 
 @pytest.mark.parametrize("fault, message", [
-    ("no validation", "no validation pictures"), ("taken", "does not have yet"), ("elsewhere", "no vertices in common"),
+    ("no validation", "no validation pictures"), ("taken", "whose name is not in"),
+    ("elsewhere", "no vertices in common"),
 ])  # fmt: skip
 def test_bad_input_leaves_nothing(fault, message, adapted, person_data, finetuned_dir, tmp_path):
     shutil.copytree(person_data, tmp_path / "data")

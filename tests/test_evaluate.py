@@ -306,7 +306,7 @@ def test_training_pictures_are_left_out(world, capsys, monkeypatch):
     assert content["n_images"] == dict.fromkeys(NAMES, N_TEST - 4) and content["n_pictures"] == N_TEST - 4
     assert (
         content["n_left_out"] == dict.fromkeys(NAMES, 4)
-        and "subj05, challenge test: left out 4" in capsys.readouterr().out
+        and "subj05, challenge test: excluded 4" in capsys.readouterr().out
     )
     assert_scores(world, content, 0, slice(N_PICTURES + 4, None))
     content, _ = run(world, CHECKPOINT=path)
@@ -341,7 +341,7 @@ def test_an_added_person_is_scored_on_all_held_out_pictures(world, capsys):
     expected = np.median(r2_of(world, 1, held_out, world.signal[1])[keep])
     assert content["scores"]["subject"]["subj02"]["r2"]["median"] == pytest.approx(expected, abs=1e-3)
     out, text = capsys.readouterr().out, (folder / "report.html").read_text()
-    assert "optimistic" not in out + text and "By ROI" not in text and "subj01" not in text.split("What made this")[0]
+    assert "optimistic" not in out + text and "By ROI" not in text and "subj01" not in text.split("Provenance")[0]
     drawn = {"2a_pooling_maps", "2b_components", "4a_r2_maps", "4b_samples"}
     assert {path.stem.removeprefix("figure_") for path in folder.glob("*.png")} == drawn
 
@@ -432,7 +432,7 @@ def test_submissions_and_averages(world, evaluation, monkeypatch):
         resampled = evaluate.resampled_scores(*pair, weights, world.ceilings[0, has])["r2"]
         expected = evaluate.interval(numbers["median"], np.median(resampled, 1))
         np.testing.assert_allclose(numbers["median_95"], expected, atol=1e-3)
-    with pytest.raises(UserError, match="no .*pred_test"):
+    with pytest.raises(UserError, match="pred_test.npy is missing"):
         run(world, SUBMISSION=world.folder)
 
 
@@ -500,6 +500,8 @@ def test_flat_maps(world):
     is_left = flat.column < space.n_lh
     assert np.array_equal(flat.left[flat.column >= 0], is_left[flat.column >= 0])
     assert flat.points[own, 0].max() < 0 < flat.points[~flat.left, 0].min()
+    in_left = flat.left[flat.faces]
+    assert np.array_equal(in_left.any(1), in_left.all(1)) and np.array_equal(np.unique(flat.faces), range(len(own)))
     for s in range(3):
         outlines, labels = flat.outlines("streams", s), space.rois["streams"]["labels"][s].numpy()
         for label, name in ((1, "early"), (5, "ventral")):
@@ -599,6 +601,7 @@ def test_the_page(world, evaluation):
     surface[world.space.vertices[:n]] = evaluation.vertices["subject_r2"][1][:n]
     surface[10242 + world.space.vertices[n:]] = evaluation.vertices["subject_r2"][1][n:]
     expected = 100 * surface[np.stack([mesh[key] for key in "ijk"], 1)].mean(1) / float(top)
+    assert np.max(mesh["x"][:10242]) < 0 < np.min(mesh["x"][10242:]) and len(np.unique(mesh["i"] + mesh["j"])) == 20484
     codes, shown = np.array(button["args"][0]["intensity"][0]), np.isfinite(expected)
     assert shown.sum() > n and (codes[~shown] < 0).all()
     np.testing.assert_allclose(codes[shown], np.clip(expected[shown], 0, 100), atol=1)

@@ -319,7 +319,7 @@ def test_killed_runs_continue_exactly(data_dir, tmp_path):
         run_stage(module, **settings, RUN_DIR=folders[0])
         for number, kill in enumerate(kills):
             code, output = run_process(f"{stage}.py", dies_at=kill, **settings, RUN_DIR=folders[1])
-            assert code == -9 and ("continuing after step 2" in output) == (number > 1), output
+            assert code == -9 and ("resuming after step 2" in output) == (number > 1), output
         for change in (dict(LEARNING_RATE=0.02), dict(FEATURE_DROPOUT=0.3), dict(BETAS=(0.8, 0.99))):
             with pytest.raises(UserError, match=next(iter(change))):
                 run_stage(module, **settings | change, RUN_DIR=folders[1])
@@ -342,7 +342,7 @@ def test_log_and_checkpoint_belong_together(run_dir, data_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     (tmp_path / "run/train_head.state.pt").unlink()
     settings = QUICK | dict(DATA_DIR=data_dir, RUN_DIR=tmp_path / "run")
-    with pytest.raises(UserError, match="without the state"):
+    with pytest.raises(UserError, match="training state is missing"):
         run_stage(train_head, **settings)
     code, output = run_process("train_head.py", dies_at=("core.training", "validate", 1), **settings, OVERWRITE=True)
     assert code == -9, output
@@ -359,7 +359,7 @@ def test_changed_code_is_noticed(run_dir, data_dir, tmp_path, monkeypatch, capsy
         run_stage(train_head, RUN_DIR=tmp_path / "run", **settings)
         load_checkpoint(run_dir / "head.pt")
     out = capsys.readouterr().out
-    assert "model.py has changed since this run began" in out and "head.pt was made with another model.py" in out
+    assert "model.py has changed since this run began" in out and "head.pt was written with a different model.py" in out
     build = Head.__init__
 
     def with_scale(head, *sizes, **options):
@@ -577,7 +577,7 @@ DAMAGES = {  # what is done to subj06's folder: the word that the message needs
     "truncated picture": (lambda f: truncate(picture(f, 4)), "damaged"),
     "not square": (lambda f: Image.new("RGB", (80, 60)).save(picture(f, 4)), "square"),
     "foreign name": (lambda f: picture(f, 4).rename(f / PICTURES / "cat.png"), "cat.png"),
-    "id twice": (lambda f: picture(f, 4).rename(f / PICTURES / f"train-0005_{picture(f, 5).stem[-9:]}.png"), "once"),
+    "id twice": (lambda f: picture(f, 4).rename(f / PICTURES / f"train-0005_{picture(f, 5).stem[-9:]}.png"), "keep"),
     "order": (lambda f: picture(f, 4).rename(f / PICTURES / "train-05_nsd-72999.png"), "order"),
     "mask of 2": (lambda f: change(f / "roi_masks/lh.all-vertices_fsaverage_space.npy", lambda m: 2 * m), "mask"),
     "ROI labels": (lambda f: change(f / "roi_masks/lh.streams_challenge_space.npy", lambda m: m[1:]), "shape"),

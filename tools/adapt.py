@@ -1,4 +1,4 @@
-"""A new person: a trained checkpoint and some of their pictures with activity -> their own map, in closed form.
+"""Add a new person: fit their map in closed form, given a trained checkpoint, their pictures and activity.
 
 Everything stays frozen but the person's own B and b. With the latents h of a picture, the person's activity y of the
 vertices that they and the checkpoint have, and those rows of E and mean:
@@ -177,8 +177,8 @@ def adapt(data, predictor, folder):
     n, n_left_out = len(train), len(data.split) - len(train) - len(scored)
     fitted = weight, bias, a, c = person.fit(train)
     print(f"{name}: {n} pictures, {len(person.columns)} vertices; the checkpoint lacks {(~person.known).sum()} others")
-    print(f"penalties of least leave-one-out error: a {a:.3g} on the person's own map (inf: the group's map),")
-    print(f"c {c:.3g}, in pictures, on the shift of the mean from the group's: {n / (n + c):.0%} of it is kept")
+    print(f"penalties chosen by leave-one-out: a {a:.3g} on the person's own map (inf: the group's map),")
+    print(f"c {c:.3g} (in pictures) on the offset of the mean from the group's: {n / (n + c):.0%} of it is retained")
     print(f"{n_left_out} held-out pictures are not scored: the checkpoint was trained on them with other people")
     scores = {"subject": name, "n_pictures": n, "n_left_out": n_left_out, "a": f"{a:g}", "c": f"{c:g}"}
     if len(scored) > 1:
@@ -202,7 +202,7 @@ def main():
     space, [path] = predictor.space, predictor.paths
     [*others, name] = data.space.subjects
     if others or name in space.subjects:
-        raise UserError(f"{DATA_DIR} has to hold one person, under a name that {path} does not have yet.")
+        raise UserError(f"{DATA_DIR} must contain exactly one person, whose name is not in {path}.")
     if not len(data.samples("val")):
         raise UserError(f"{name} has no validation pictures in {DATA_DIR}.")
     if data.space.unit != space.unit or (find(space, data.space) < 0).all():

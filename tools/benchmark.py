@@ -1,4 +1,4 @@
-"""Is everything right, fast and small on this machine? One Markdown table, written line by line.
+"""Check correctness, speed and memory on this machine; writes one Markdown table, row by row.
 
     python -m tools.benchmark --parts gpu     all that has to be known about a GPU, at most 8 minutes on an H100
     python -m tools.benchmark --parts run     both phases at full size on random data; 20 GB of disk

@@ -80,7 +80,7 @@ def main():
         pd.concat(rois).to_csv(folder / "rois.csv")
         pd.DataFrame(rows).drop(columns="picture").to_csv(folder / "pictures.csv", index=False)
     print(f"wrote {OUTPUT_DIR}: {title}, {' and '.join(str(len(h[0])) for h in latents)} pictures")
-    print("t says how consistently pictures differ for the model; it has no scanner noise.")
+    print("t measures how consistently the model's predictions differ; they have no scanner noise.")
     report(pictures, failures)
 
 

@@ -2,13 +2,7 @@
 
 Scores every subject's predictions and the subject-agnostic group prediction by R², Pearson r and challenge score
 (core/scores.py). Validation chose the checkpoint, so the private test is scored with it: the number to report.
-OUTPUT_DIR gets
-
-    report.html   one self-contained page: numbers, figures, the cortex in 3D, what made them
-    scores.json   headlines with 95 % intervals, and what was scored
-    scores.csv    averages by prediction, subject, hemisphere, ROI and metric; low, high: 95 % interval of score
-    vertices.npz  every vertex: (n_subjects, n_vertices) per metric, NaN where missing; fsaverage indices
-    figure_*.png  the report's figures 2 to 4
+OUTPUT_DIR gets report.html, scores.json, scores.csv, vertices.npz and figure_*.png, described in docs/evaluate.md.
 """
 
 import itertools
@@ -29,7 +23,7 @@ from core.settings import constants, run
 from core.space import HEMIS
 from model import UserError
 from tools import figures, page
-from tools.vertices import draw_pictures, find, interval, resampled_scores, roi_masks, vertex_scores
+from tools.vertices import draw_pictures, find, interval, resampled_scores, roi_masks
 
 DATA_DIR: str = "data"  # prepared data
 RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
@@ -53,18 +47,15 @@ FEWEST_PICTURES = 10  # of a subject; with fewer there is no interval
 N_EXAMPLES = 6  # of figure 4b
 SPLITS = {"val": "validation", "test": "private test", "heldout": "held-out pictures"}
 SPLITS |= {"challenge": "challenge test", "synthetic": "NSD-synthetic"}
-CEILING = ("noise ceiling", "r2")  # key of the noise ceilings among the maps of scores
 TITLES = {"r2": "median R²", "r": "median r", "challenge": "challenge score"}
 
 
 def read_sides(folder, name, space, s, shape=()):
     """folder/{lh,rh}_NAME.npy in the challenge's vertex order -> (*shape, n_vertices) float32 of the common space, NaN
-    where missing; None if there are no such files. Raises UserError for NaN, infinite values and other shapes."""
-    if not any(Path(folder).glob(f"?h_{name}.npy")):
-        return None
+    where missing. Raises UserError for missing files, NaN, infinite values and other shapes."""
     common = np.full((*shape, space.n_vertices), np.nan, np.float32)
     for hemi in HEMIS:
-        columns, path = space.columns(s, hemi), Path(folder) / f"{hemi}_{name}.npy"
+        columns, path = space.columns(s, hemi), folder / f"{hemi}_{name}.npy"
         common[..., columns] = prepare_data.read_npy(path, (*shape, len(columns)))
         if not np.isfinite(common[..., columns]).all():
             raise UserError(f"{path} holds numbers that are not finite.")
@@ -74,9 +65,10 @@ def read_sides(folder, name, space, s, shape=()):
 def read_ceilings(root, space):
     """Noise ceilings as fractions (n_subjects, n_vertices), NaN for subjects without. Files may hold percent."""
     ceilings = np.full(space.mask.shape, np.nan)
-    for s, subject in enumerate(space.subjects if space.unit == "vertices" else ()):
-        values = read_sides(Path(root) / subject / "test_split/noise_ceiling", "noise_ceiling", space, s)
-        if values is not None:
+    for s, subject in enumerate(space.subjects):
+        folder = Path(root) / subject / "test_split/noise_ceiling"
+        if space.unit == "vertices" and folder.exists():
+            values = read_sides(folder, "noise_ceiling", space, s)
             low, high = np.nanmin(values), np.nanmax(values)
             if low < 0 or high > 100.5:  # a little more than 100 is rounding
                 raise UserError(f"noise ceilings of {subject} are {low:g} to {high:g}, expected 0 to 1 or 0 to 100.")
@@ -94,7 +86,7 @@ def choose_split(space, infos):
 
 
 def read_samples(data, split, s):
-    """One subject's nsd ids (n,), pictures (n, 256, 256, 3) and activity (n, n_vertices), or None without activity."""
+    """One subject's nsd ids (n,), pictures (n, 256, 256, 3) and activity (n, n_vertices); no ids without activity."""
     parts = {"val": ["val"], "test": ["test"], "heldout": ["val", "test"]}.get(split)
     if parts:
         rows = np.concatenate([data.samples(part, s) for part in parts])
@@ -109,8 +101,9 @@ def read_samples(data, split, s):
         ids, images = listed, np.stack(list(prepare_data.decode_pictures(paths)))
     elif paths and not np.array_equal(listed, ids):
         raise UserError(f"{folder}/test_images are not the test pictures that {DATA_DIR} was prepared with.")
-    activity = read_sides(folder / "test_fmri", "test_fmri", data.space, s, (len(ids),))
-    return None if activity is None else (ids, images, activity)
+    if not (folder / "test_fmri").exists():
+        return ids[:0], None, None
+    return ids, images, read_sides(folder / "test_fmri", "test_fmri", data.space, s, (len(ids),))
 
 
 def trained_pictures(infos, data, split, subject):
@@ -132,25 +125,30 @@ def predictions(predictor, space, s, images):
         indices = {"subject": predictor.index(space.subjects[s]), "group": None}
         return {name: predictor.decode(latents, index)[:, columns] for name, index in indices.items()}
     values = read_sides(Path(SUBMISSION) / space.subjects[s], "pred_test", space, s, (len(images),))
-    if values is None:
-        raise UserError(f"{SUBMISSION}/{space.subjects[s]} has no {{lh,rh}}_pred_test.npy.")
     return {"subject": torch.from_numpy(values)}
 
 
-def measure(data, split, predictor, infos, ceilings):
-    """Score a split -> split, n_images and n_left_out {subject: pictures}, n_pictures (unique ones), maps {(prediction,
-    metric): (n_subjects, n_vertices)}, table of summarise(), examples of choose_examples(); None without pictures."""
-    space, samples, n_left_out, examples = data.space, {}, dict.fromkeys(data.space.subjects, 0), []
-    for s, subject in enumerate(space.subjects):
-        sample = read_samples(data, split, s)
-        if sample is None:
-            continue
-        fresh = np.flatnonzero(~np.isin(sample[0], trained_pictures(infos, data, split, subject)))
-        n_left_out[subject] = len(sample[0]) - len(fresh)
+def choose_samples(data, split, infos):
+    """What is scored -> {subject's index: (rows that the model was not trained on, *read_samples())}, {subject: number
+    of rows left out}."""
+    samples, n_left_out = {}, {}
+    for s, subject in enumerate(data.space.subjects):
+        ids, images, activity = read_samples(data, split, s)
+        fresh = np.flatnonzero(~np.isin(ids, trained_pictures(infos, data, split, subject)))
+        n_left_out[subject] = len(ids) - len(fresh)
         if n_left_out[subject]:
-            print(f"{subject}, {SPLITS[split]}: left out {n_left_out[subject]} that the model was trained on")
+            print(f"{subject}, {SPLITS[split]}: excluded {n_left_out[subject]} that the model was trained on")
         if len(fresh) > 1:  # R² needs two
-            samples[s] = fresh, *sample
+            samples[s] = fresh, ids, images, activity
+    return samples, n_left_out
+
+
+def measure(data, split, predictor, infos, ceilings):
+    """Score a split -> counts: split, n_images and n_left_out {subject: pictures}, n_pictures (unique ones); maps
+    {(prediction, metric): (n_subjects, n_vertices)}, table of summarise(), headlines: its rows for all vertices,
+    examples of choose_examples(); None without pictures."""
+    space, examples = data.space, []
+    samples, n_left_out = choose_samples(data, split, infos)
     if not samples:
         return None
     pictures = np.unique(np.concatenate([ids[fresh] for fresh, ids, *_ in samples.values()]))
@@ -160,32 +158,32 @@ def measure(data, split, predictor, infos, ceilings):
     known = find(predictor.space, space) >= 0 if predictor else True
     for s, (fresh, ids, images, activity) in samples.items():
         present = space.present(s) & known
-        y = torch.from_numpy(activity[fresh][:, present]).float()
+        y, ceiling = torch.from_numpy(activity[fresh][:, present]).float(), ceilings[s, present]
         drawn = weights[:, np.searchsorted(pictures, ids[fresh])] * (1 if len(fresh) >= FEWEST_PICTURES else np.nan)
         for prediction, values in predictions(predictor, space, s, images).items():
-            inputs = y, values[fresh][:, present]
-            for metric, scores in vertex_scores(*inputs, ceilings[s, present]).items():
-                maps[prediction, metric][s, present] = scores
-            for metric, scores in resampled_scores(*inputs, drawn, ceilings[s, present]).items():
-                resampled[prediction, metric][:, s, present] = scores
-            examples = examples or choose_examples(ids[fresh], images[fresh], *inputs, present)
-        maps[CEILING][s, present] = ceilings[s, present]
-    return SimpleNamespace(
-        split=split, n_images={space.subjects[s]: len(fresh) for s, (fresh, *_) in samples.items()},
-        n_left_out=n_left_out, n_pictures=len(pictures), table=summarise(space, maps, resampled), examples=examples,
-        maps={key: values for key, values in maps.items() if key == CEILING or np.isfinite(values).any()},
-    )  # fmt: skip
+            values = values[fresh][:, present]
+            scores = resampled_scores(y, values, torch.ones(1, len(y)), ceiling) | {"r2": r2_score(y, values).numpy()}
+            for metric, repeated in resampled_scores(y, values, drawn, ceiling).items():
+                if np.isfinite(scores[metric]).any():  # no challenge score without ceilings
+                    maps[prediction, metric][s, present] = scores[metric]
+                    resampled[prediction, metric][:, s, present] = repeated
+            examples = examples or choose_examples(ids[fresh], images[fresh], y, values, present)
+        maps["noise ceiling", "r2"][s, present] = ceiling
+    n_images = {space.subjects[s]: len(fresh) for s, (fresh, *_) in samples.items()}
+    counts = {"split": split, "n_images": n_images, "n_left_out": n_left_out, "n_pictures": len(pictures)}
+    table = summarise(space, maps, resampled)
+    headlines = table.query("roi_group == 'all' and hemisphere == 'both'")
+    return SimpleNamespace(counts=counts, **counts, maps=maps, table=table, headlines=headlines, examples=examples)
 
 
 def choose_examples(ids, images, activity, prediction, present):
     """Samples from the best predicted to the worst: [(nsd id, R² over vertices, picture, measured, predicted)], the
     last two (n_vertices of the common space,)."""
-    r2, examples = r2_score(activity.T, prediction.T).numpy(), []
-    for i in np.argsort(-r2)[np.unique(np.linspace(0, len(r2) - 1, N_EXAMPLES).round().astype(int))]:
-        maps = np.full((2, len(present)), np.nan)
-        maps[:, present] = activity[i], prediction[i]
-        examples.append((ids[i], r2[i], images[i], *maps))
-    return examples
+    r2 = r2_score(activity.T, prediction.T).numpy()
+    chosen = np.argsort(-r2)[np.unique(np.linspace(0, len(r2) - 1, N_EXAMPLES).round().astype(int))]
+    maps = np.full((2, len(chosen), len(present)), np.nan)
+    maps[..., present] = torch.stack([activity[chosen], prediction[chosen]])
+    return list(zip(ids[chosen], r2[chosen], images[chosen], *maps))
 
 
 def summarise(space, maps, resampled):
@@ -212,11 +210,6 @@ def summarise(space, maps, resampled):
     return pd.DataFrame(table, columns=[*columns, "median", "mean", f"n_{space.unit}"])
 
 
-def headlines(part):
-    """Rows of the table for all vertices."""
-    return part.table.query("roi_group == 'all' and hemisphere == 'both'")
-
-
 def show(row, before=" (", after=")"):
     """A score and its interval as text."""
     return f"{row.score:.4f}" + ("" if np.isnan(row.low) else f"{before}{row.low:.4f} to {row.high:.4f}{after}")
@@ -226,11 +219,10 @@ def overview(parts):
     """Headlines of scored splits as a DataFrame of text."""
     tables = []
     for part in parts:
-        rows = headlines(part)
-        rows = rows[(rows.subject == "all") | (rows.prediction != "noise ceiling") & (len(part.n_images) > 1)]
-        pictures = rows.subject.map({"all": part.n_pictures} | part.n_images)
-        text = [show(row) for row in rows.itertuples()]
-        tables.append(rows.assign(split=SPLITS[part.split], pictures=pictures, text=text))
+        pictures = part.headlines.subject.map({"all": part.n_pictures} | part.n_images)
+        text = [show(row) for row in part.headlines.itertuples()]
+        rows = part.headlines.assign(split=SPLITS[part.split], pictures=pictures, text=text)
+        tables.append(rows[(rows.subject == "all") | (rows.prediction != "noise ceiling") & (len(part.n_images) > 1)])
     index = ["split", "prediction", "subject", "pictures"]
     table = pd.concat(tables).pivot_table("text", index, "metric", aggfunc="first", sort=False)
     return table.rename(columns=TITLES).rename_axis(columns=None).fillna("–").reset_index()
@@ -238,7 +230,7 @@ def overview(parts):
 
 def cite(part):
     """The sentence to cite."""
-    rows = headlines(part).query("prediction == 'subject' and subject == 'all' and metric != 'r'")
+    rows = part.headlines.query("prediction == 'subject' and subject == 'all' and metric != 'r'")
     texts = [f"{TITLES[row.metric]} {show(row, ', 95 % CI ', '')}" for row in rows.itertuples()]
     low, high = min(part.n_images.values()), max(part.n_images.values())
     n = f"{low if low == high else f'{low} to {high}'} pictures per subject, {part.n_pictures} unique"
@@ -248,14 +240,12 @@ def cite(part):
 def record(part):
     """For scores.json: counts, and scores[prediction][subject or "all"][metric]."""
     scores = {}
-    for row in headlines(part).itertuples():
+    for row in part.headlines.itertuples():
         average = "mean" if row.metric == "challenge" else "median"
         ends = None if np.isnan(row.low) else [row.low, row.high]
         numbers = {"median": row.median, "mean": row.mean, f"{average}_95": ends}
         scores.setdefault(row.prediction, {}).setdefault(row.subject, {})[row.metric] = numbers
-    return {name: getattr(part, name) for name in ("split", "n_images", "n_left_out", "n_pictures")} | {
-        "scores": scores
-    }
+    return part.counts | {"scores": scores}
 
 
 def write_scores(folder, what, parts, reported, space):
@@ -292,14 +282,14 @@ def main():
             raise UserError(f"nothing to score on {SPLITS[split]}: no pictures with activity; SPLIT chooses another.")
         reported, parts = parts[-1] if split == "val" else parts[0], [part for part in parts if part]
         number = f"The number to report: {cite(reported) if reported else 'none, there are no private test pictures'}"
-        print(f"\n{overview(parts).to_string(index=False)}\n\n{number}")
+        table = overview(parts)
+        print(f"\n{table.to_string(index=False)}\n\n{number}")
         if split == "val":
-            print("Validation chose the checkpoint, so its scores are optimistic.")
+            print("The checkpoint was selected on the validation split, so validation scores are optimistic.")
         write_scores(folder, what, parts, reported, data.space)
         if FIGURES:
             figures.save_all(folder, data.space, parts[0], predictor, OUTLINES, FSAVERAGE_DIR, SEED)
-            title = f"{source} on {SPLITS[split]}"
-            page.write_page(folder, title, number, overview(parts), parts[0], data.space, what)
+            page.write_page(folder, f"{source} on {SPLITS[split]}", number, table, parts[0], data.space, what)
     print(f"wrote {OUTPUT_DIR or output}")
 
 

@@ -17,6 +17,7 @@ ACTIVITY_LIMITS = (-2.0, 2.0)  # z, colour scale of figure 4b
 N_POOLING_MAPS = 16  # clusters of figure 2a
 N_COMPONENTS = 4  # of figure 2b, as in the report
 COLOURS = {"left": "#0072B2", "right": "#D55E00"}  # distinct to colour-blind people (Okabe and Ito)
+NO_AXES = {"frame_on": False, "xticks": [], "yticks": []}
 SCORE_NAMES = {"r2": "R²", "challenge": "noise-normalised score"}
 
 
@@ -60,9 +61,8 @@ def pooling_exemplars(encoder, seed):
 
 def figure_2a(means, shares):
     """Exemplar spatial pooling maps, of pooling_exemplars()."""
-    figure, axes = plt.subplots(2, -(-len(means) // 2), figsize=(14, 4), squeeze=False, layout="constrained")
-    for panel in axes.flat:
-        panel.set_axis_off()
+    shape = 2, -(-len(means) // 2)
+    figure, axes = plt.subplots(*shape, figsize=(14, 4), squeeze=False, layout="constrained", subplot_kw=NO_AXES)
     for panel, mean, share in zip(axes.flat, means, shares):
         shown = panel.imshow(mean, cmap="RdBu_r", vmin=-1, vmax=1)
         panel.set_title(f"{share:.0%} of maps", fontsize=9)
@@ -72,9 +72,9 @@ def figure_2a(means, shares):
 
 def map_grid(panels, n_columns, flat, limits, cmap, label, line_colour="black"):
     """panels: [(title, map (n_vertices,) or picture (height, width, 3), outlines)] -> figure with one colour scale."""
-    n_rows, height = -(-len(panels) // n_columns), 3 * flat.size[1] / flat.size[0] + 0.3  # inches
-    size = (3 * max(n_columns, 2) + 1, n_rows * height + 0.5)
-    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, layout="constrained")
+    shape, height = (-(-len(panels) // n_columns), n_columns), 3 * flat.size[1] / flat.size[0] + 0.3  # inches
+    size = 3 * max(n_columns, 2) + 1, shape[0] * height + 0.5
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained", subplot_kw=NO_AXES)
     shown = []
     for panel, (title, values, outlines) in zip(axes.flat, panels):
         panel.set_title(title, fontsize=11)
@@ -82,8 +82,6 @@ def map_grid(panels, n_columns, flat, limits, cmap, label, line_colour="black"):
             panel.imshow(values)
         else:
             shown.append(flat.draw(panel, values, limits, cmap, outlines, named=not shown, line_colour=line_colour))
-    for panel in axes.flat:
-        panel.set_axis_off()
     describe_maps(figure, shown, axes, label, panels[0][2])
     return figure
 
@@ -108,13 +106,12 @@ def loss_curves(path, made_with):
 def score_maps(maps, metric, subjects):
     """A score of every vertex -> {title: (values (n_vertices,), the subject's index or None)}: the subjects' median,
     the group prediction's, each subject. maps {(prediction, metric): (n_subjects, n_vertices)}, NaN where missing."""
-    shown, own = {}, maps.get(("subject", metric), np.empty((0, 0)))
-    scored = np.flatnonzero(np.isfinite(own).any(1))
-    for title, prediction in (("median of the subjects", "subject"), ("group prediction", "group")):
-        if (prediction, metric) in maps and (prediction == "group" or len(scored) > 1):  # else the subject's own map
-            values = np.ma.masked_invalid(maps[prediction, metric])
-            shown[title] = np.ma.median(values, axis=0).filled(np.nan), None
-    return shown | {subjects[s]: (own[s], s) for s in scored}
+    own = maps.get(("subject", metric), np.empty((0, 0)))
+    shown = {subjects[s]: (own[s], s) for s in np.flatnonzero(np.isfinite(own).any(1))}
+    averaged = {"median of the subjects": own} if len(shown) > 1 else {}  # of one: the subject's own map
+    if ("group", metric) in maps:
+        averaged["group prediction"] = maps["group", metric]
+    return {title: (pd.DataFrame(values).median().to_numpy(), None) for title, values in averaged.items()} | shown
 
 
 def figure_4a(maps, metric, flat, roi_group):
@@ -141,25 +138,23 @@ def figure_4b(examples, label, flat, outlines):
 def figure_4c(table, unit):
     """Median R² of every ROI and hemisphere: each subject, and their median. table: of evaluate.summarise()."""
     rows = table.query("prediction == 'subject' and metric == 'r2' and subject != 'all' and roi != 'all'")
-    places = rows[["roi_group", "roi"]].drop_duplicates(ignore_index=True)
+    table = rows.pivot_table("score", ["roi_group", "roi"], ["hemisphere", "subject"], sort=False)
+    groups, x = table.index.get_level_values("roi_group"), np.arange(len(table))
     figure, axes = plt.subplots(figsize=(14, 5), layout="constrained")
     for (side, colour), shift in zip(COLOURS.items(), (-0.18, 0.18)):
-        own = rows[rows.hemisphere == f"{side[0]}h"].pivot(
-            index=["roi_group", "roi"], columns="subject", values="score"
-        )
-        own = own.reindex(pd.MultiIndex.from_frame(places))
-        for k, name in enumerate(own.columns if len(own.columns) > 1 else ()):
-            label = None if k else f"one subject, {side}"
-            axes.plot(places.index + shift, own[name], ".", color=colour, alpha=0.5, label=label)
-        label = f"{'median of the subjects' if len(own.columns) > 1 else own.columns[0]}, {side}"
-        axes.plot(
-            places.index + shift, own.median(axis=1), "_", color=colour, markersize=12, markeredgewidth=3, label=label
-        )
-    for x in places.index[places.roi_group != places.roi_group.shift()]:
-        axes.axvline(x - 0.5, color="black", linewidth=0.8)
-        axes.text(x - 0.4, 1.02, places.roi_group[x], transform=axes.get_xaxis_transform())
+        own, label = table[f"{side[0]}h"], "median of the subjects"
+        if len(own.columns) > 1:
+            points = axes.plot(x + shift, own, ".", color=colour, alpha=0.5)
+            points[0].set_label(f"one subject, {side}")
+        else:
+            label = own.columns[0]
+        bars = axes.plot(x + shift, own.median(axis=1), "_", color=colour, markersize=12, markeredgewidth=3)
+        bars[0].set_label(f"{label}, {side}")
+    for start in np.flatnonzero(~groups.duplicated()):
+        axes.axvline(start - 0.5, color="black", linewidth=0.8)
+        axes.text(start - 0.4, 1.02, groups[start], transform=axes.get_xaxis_transform())
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    axes.set_xticks(places.index, places.roi, rotation=60, ha="right", rotation_mode="anchor")
-    axes.set(xlim=(-0.5, len(places) - 0.5), ylabel=f"median R² over the {unit}")
+    axes.set_xticks(x, table.index.get_level_values("roi"), rotation=60, ha="right", rotation_mode="anchor")
+    axes.set(xlim=(-0.5, len(x) - 0.5), ylabel=f"median R² over the {unit}")
     axes.grid(axis="y", alpha=0.3)
     return figure

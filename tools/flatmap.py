@@ -13,6 +13,7 @@ from tools.vertices import roi_labels
 
 MAP_SHAPE = (215, 200)  # rows and columns of NSD-Flat's maps, 1 mm each
 MARGIN = 8  # mm of cortex shown around the data
+ASIDE = 60  # mm that each inflated hemisphere is moved, as both lie around the origin
 FEWEST_POINTS = 20  # of an ROI in one hemisphere; smaller ones are outlined without their name
 
 
@@ -21,11 +22,17 @@ class FlatMap:
     (n,): each point's column of the common space or -1, grey (n,): brightness of the cortex without data, size (2,) mm.
 
     folder: holds {flat,curv}_{left,right}.gii.gz of full fsaverage; empty: fsaverage5, which comes with nilearn.
+    inflated: the whole inflated cortex in three dimensions instead, which cannot be drawn by draw().
     """
 
-    def __init__(self, space, folder=""):
+    def __init__(self, space, folder="", inflated=False):
         self.space = space
-        mesh = join(*(cut_flat(space, hemi, folder) for hemi in HEMIS)) if space.unit == "vertices" else pixels(space)
+        if space.unit == "vertices":
+            left, right = (surface_side(space, hemi, folder, inflated) for hemi in HEMIS)
+            right = right[0], right[1] + len(left[0]), *right[2:]  # faces count points
+            mesh = [np.concatenate(pair) for pair in zip(left, right)]
+        else:
+            mesh = pixels(space)
         self.points, self.faces, self.column, self.grey = mesh
         self.left, self.size = self.points[:, 0] < 0, np.ptp(self.points, axis=0)
 
@@ -62,45 +69,36 @@ class FlatMap:
         return shown
 
 
-def load_surface(space, kind, hemi, folder=""):
-    """One hemisphere of the "flat" or "infl" surface -> points (n, 3) mm, faces (m, 3), column (n,), grey (n,)."""
+def surface_side(space, hemi, folder, inflated):
+    """-> points mm, faces, column and grey of one hemisphere; of the flat surface what is near the data."""
     folder = Path(folder or Path(datasets.fetch_surf_fsaverage("fsaverage5")["flat_left"]).parent)
     half, columns = "left" if hemi == "lh" else "right", space.columns(None, hemi)
-    points, faces = surface.load_surf_mesh(folder / f"{kind}_{half}.gii.gz")
+    points, faces = surface.load_surf_mesh(folder / f"{'infl' if inflated else 'flat'}_{half}.gii.gz")
+    grey = np.where(surface.load_surf_data(folder / f"curv_{half}.gii.gz") > 0, 0.60, 0.74)  # sulci are darker
     column = np.full(N_FSAVERAGE, -1)
     column[space.vertices.numpy()[columns]] = columns
-    curvature = surface.load_surf_data(folder / f"curv_{half}.gii.gz")
-    # fsaverage5 has the first 10,242 vertices of fsaverage; sulci are darker
-    return points, faces, column[: len(points)], np.where(curvature > 0, 0.60, 0.74)
-
-
-def join(left, right):
-    """Two meshes (points, faces, column, grey) as one."""
-    right = right[0], right[1] + len(left[0]), *right[2:]
-    return [np.concatenate(pair) for pair in zip(left, right)]
-
-
-def cut_flat(space, hemi, folder):
-    """One hemisphere of the flat surface, cut to the data, points (n, 2) mm; the hemispheres meet at x = 0."""
-    points, faces, column, grey = load_surface(space, "flat", hemi, folder)
+    column = column[: len(points)]  # fsaverage5 has the first 10,242 vertices of fsaverage
+    if inflated:
+        return points + [ASIDE if hemi == "rh" else -ASIDE, 0, 0], faces, column, grey
     points = points[:, :2]
     edges = np.linalg.norm(points[faces] - points[np.roll(faces, 1, axis=1)], axis=2).max(1)
     faces = faces[edges < 4 * np.median(edges)]  # longer ones span a cut
     data = points[np.unique(faces[(column[faces] >= 0).any(1)])]
     low, high = data.min(0) - MARGIN, data.max(0) + MARGIN
     used, faces = np.unique(faces[((points > low) & (points < high)).all(1)[faces].all(1)], return_inverse=True)
-    inner = high[0] if hemi == "lh" else low[0]
+    inner = high[0] if hemi == "lh" else low[0]  # the hemispheres meet at x = 0
     return points[used] - [inner, 0], faces.reshape(-1, 3), column[used], grey[used]
 
 
 def pixels(space):
-    """The same of NSD-Flat's maps, whose pixels count row by row from the top left."""
-    index, column = np.arange(MAP_SHAPE[0] * MAP_SHAPE[1]), np.full(MAP_SHAPE[0] * MAP_SHAPE[1], -1)
+    """The same of NSD-Flat's maps, whose pixels count row by row from the top left; the hemispheres meet at x = 0."""
+    row, across = np.indices(MAP_SHAPE).reshape(2, -1)
+    points = np.stack([across + 0.5 - MAP_SHAPE[1] / 2, -row], axis=1)
+    column = np.full(len(points), -1)
     column[space.vertices.numpy()] = np.arange(space.n_vertices)
-    row, across = np.divmod(index, MAP_SHAPE[1])
-    corner = index.reshape(MAP_SHAPE)[:-1, :-1].reshape(-1, 1)
+    corner = np.arange(len(points)).reshape(MAP_SHAPE)[:-1, :-1].reshape(-1, 1)
     faces = np.concatenate([corner + [0, 1, MAP_SHAPE[1]], corner + [1, MAP_SHAPE[1] + 1, MAP_SHAPE[1]]])
-    return np.stack([across + 0.5 - MAP_SHAPE[1] / 2, -row], 1), faces, column, np.full(len(index), 0.9)
+    return points, faces, column, np.full(len(points), 0.9)
 
 
 def fit_limits(maps, symmetric=True):

@@ -31,7 +31,7 @@ LH_VERTICES: str = "lh_vertices.npy"  # mask (163842,) of 0 and 1, or fsaverage 
 RH_VERTICES: str = "rh_vertices.npy"  # columns of activity are in this order
 SUBJECT: str = "subj09"  # the person's name
 CHALLENGE_DIR: str = "new_person"  # output; may hold several people
-OVERWRITE: bool = False  # replace a person that was imported before
+OVERWRITE: bool = False  # replace a previously imported person
 
 FEWEST_ROWS = 10  # per session; z-scores of fewer mean nothing
 

@@ -11,8 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from core.scores import r2_score
-
 
 def find(space, other):
     """Columns here of another space's vertices, (other.n_vertices,) int64, -1 where missing."""
@@ -47,25 +45,6 @@ def roi_masks(space, subject=None):
     return masks
 
 
-def vertex_scores(activity, prediction, ceiling):
-    """Scores of every vertex -> {metric: (n_vertices,) float64 array}; r is 0 where either is constant.
-
-    activity, prediction (n_images, n_vertices) tensors, ceiling (n_vertices,) array of fractions, NaN: unknown.
-    """
-    y, x = activity.float(), prediction.float()
-    constant = (y == y[0]).all(0) | (x == x[0]).all(0)
-    y, x = y - y.mean(0), x - x.mean(0)
-    yy, xx, xy = ((a * b).sum(0, dtype=torch.float64) for a, b in ((y, y), (x, x), (x, y)))
-    r = torch.where(constant, 0, xy / (xx * yy).sqrt()).clamp(-1, 1)
-    return by_metric(r2_score(activity, prediction), r, ceiling)
-
-
-def by_metric(r2, r, ceiling):
-    """R² and r as tensors (…, n_vertices) -> {metric: array}."""
-    challenge = np.minimum(np.maximum(r.numpy(), 0) ** 2 / np.maximum(ceiling, 1e-14), 1)
-    return {"r2": r2.numpy(), "r": r.numpy(), "challenge": challenge}
-
-
 def draw_pictures(n_pictures, n_resamples, seed):
     """How often each resample draws each picture, with replacement: (n_resamples, n_pictures) float32. A picture that
     several subjects saw is drawn for all of them together; several predictions share the resamples."""
@@ -74,9 +53,10 @@ def draw_pictures(n_pictures, n_resamples, seed):
 
 
 def resampled_scores(activity, prediction, weights, ceiling):
-    """vertex_scores() with pictures repeated -> {metric: (n_resamples, n_vertices) float32 array}, NaN without any.
+    """Scores of every vertex with pictures repeated -> {metric: (n_resamples, n_vertices)} float32 arrays.
 
-    weights (n_resamples, n_images): how often. Sums over pictures are matrix products with them, in float64.
+    activity, prediction (n_images, n_vertices), weights (n_resamples, n_images), ceiling (n_vertices,), NaN: unknown.
+    Sums over pictures are matrix products with the weights, in float64. NaN without any picture.
     """
     weights, y, x = weights.double(), activity.double(), prediction.double()
     y, x = y - y.mean(0), x - y.mean(0)  # the same shift for both
@@ -89,7 +69,9 @@ def resampled_scores(activity, prediction, weights, ceiling):
     product = (squares_y + squares_x - residual) / 2 - sum_y * sum_x / n
     r = torch.where(constant_y | constant_x, 0, product / (around_y * around_x).sqrt()).clamp(-1, 1)
     r2 = torch.where(constant_y, (residual == 0).double(), 1 - residual / around_y)
-    return {metric: score.astype(np.float32) for metric, score in by_metric(r2, r, ceiling).items()}
+    challenge = np.minimum(r.clamp(min=0).square().numpy() / np.maximum(ceiling, 1e-14), 1)
+    scores = {"r2": r2.numpy(), "r": r.numpy(), "challenge": challenge}
+    return {metric: score.astype(np.float32) for metric, score in scores.items()}
 
 
 def interval(score, resampled):
