@@ -8,7 +8,7 @@ from model import UserError
 
 def check_finite(prediction):
     if not torch.isfinite(prediction).all():
-        raise UserError("predictions contain NaN or infinite values, which are not finite: the checkpoint is unusable.")
+        raise UserError("the predictions are not finite (NaN or infinite): the checkpoint is unusable.")
 
 
 def r2_score(activity, prediction):

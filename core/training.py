@@ -390,7 +390,7 @@ def save_curves(log, path):
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axis, key, label in ((left, "train_loss", "train"), (left, "val_loss", "validation"), (right, "val_r2", None)):
-        axis.plot([entry["step"] for entry in log], [entry[key] for entry in log], label=label)
+        axis.plot([entry["step"] for entry in log], [entry[key] for entry in log], ".-", label=label)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2)  # covers no line
     left.set(xlabel="step", ylabel="mean squared error")
     right.set(xlabel="step", ylabel="validation median R²")
@@ -402,7 +402,7 @@ def check_settings(settings):
     """Raises UserError for inconsistent settings."""
     s, world = SimpleNamespace(**settings), distributed.world_size()
     if s.BATCH_SIZE < 2 or s.MICRO_BATCH == 1 or s.BATCH_SIZE % (world * (s.MICRO_BATCH or 1)):
-        expected = f"a multiple of {world} processes x MICRO_BATCH {s.MICRO_BATCH or 1}"
-        raise UserError(f"BATCH_SIZE is {s.BATCH_SIZE}, expected {expected}, with at least 2 samples each.")
+        sizes = f"BATCH_SIZE is {s.BATCH_SIZE}, MICRO_BATCH {s.MICRO_BATCH}, number of processes {world}"
+        raise UserError(f"{sizes}: expected equal parts, and at least 2 samples at a time.")
     if not 0 <= s.WARMUP_STEPS < s.STEPS or not 0 <= s.FEATURE_DROPOUT < 1 or not 0 < s.CROP_SCALE <= 1:
         raise UserError("WARMUP_STEPS must be below STEPS, FEATURE_DROPOUT in [0, 1), CROP_SCALE in (0, 1].")

@@ -23,6 +23,7 @@ from core.settings import constants, run
 from core.space import HEMIS
 from model import UserError
 from tools import figures, page
+from tools.pictures import plural
 from tools.vertices import draw_pictures, find, interval, resampled_scores, roi_masks
 
 DATA_DIR: str = "data"  # prepared data
@@ -137,7 +138,8 @@ def choose_samples(data, split, infos):
         fresh = np.flatnonzero(~np.isin(ids, trained_pictures(infos, data, split, subject)))
         n_left_out[subject] = len(ids) - len(fresh)
         if n_left_out[subject]:
-            print(f"{subject}, {SPLITS[split]}: excluded {n_left_out[subject]} that the model was trained on")
+            count = plural(n_left_out[subject], "picture")
+            print(f"{subject}, {SPLITS[split]}: excluded {count} that the model was trained on")
         if len(fresh) > 1:  # R² needs two
             samples[s] = fresh, ids, images, activity
     return samples, n_left_out
@@ -196,16 +198,19 @@ def summarise(space, maps, resampled):
     left, rows = np.arange(space.n_vertices) < space.n_lh, np.arange(len(masks))[:, None]
     sides = {"both": left | True, "lh": left, "rh": ~left}
     members = {"all": rows >= 0} | {name: rows == s for s, name in enumerate(space.subjects)}
-    for roi, hemi, subject, key in itertools.product(masks[0], sides, members, maps):
-        inside = np.stack([mask[roi] for mask in masks]) & sides[hemi] & members[subject] & np.isfinite(maps[key])
-        values = maps[key][inside]
-        if not len(values):
-            continue
-        average, ends = np.mean if key[1] == "challenge" else np.median, None
-        if key in resampled and hemi == "both" and (roi == ("all", "all") or key == ("subject", "r2")):
-            ends = interval(average(values), average(resampled[key][:, inside], axis=1))
-        numbers = average(values), *(ends or (np.nan, np.nan)), np.median(values), np.mean(values), len(values)
-        table.append((key[0], subject, hemi, *roi, key[1], *numbers))
+    scored = {key: np.isfinite(values) for key, values in maps.items()}
+    for roi, hemi in itertools.product(masks[0], sides):
+        region = np.stack([mask[roi] for mask in masks]) & sides[hemi]
+        for subject, key in itertools.product(members, maps):
+            inside = region & members[subject] & scored[key]
+            values = maps[key][inside]
+            if not len(values):
+                continue
+            average, ends = np.mean if key[1] == "challenge" else np.median, None
+            if key in resampled and hemi == "both" and (roi == ("all", "all") or key == ("subject", "r2")):
+                ends = interval(average(values), average(resampled[key][:, inside], axis=1))
+            numbers = average(values), *(ends or (np.nan, np.nan)), np.median(values), np.mean(values), len(values)
+            table.append((key[0], subject, hemi, *roi, key[1], *numbers))
     columns = ["prediction", "subject", "hemisphere", "roi_group", "roi", "metric", "score", "low", "high"]
     return pd.DataFrame(table, columns=[*columns, "median", "mean", f"n_{space.unit}"])
 
