@@ -124,8 +124,8 @@ class FeatureProjection(nn.Module):
 
     def forward(self, x):
         y = F.linear(x, self.channel)  #                                    (n, n_tokens, latent_dim)
-        wide = torch.promote_types(y.dtype, torch.float32)
-        return (y * self.spatial.T.to(y.dtype)).sum(1, dtype=wide)  #       (n, latent_dim)
+        pooling = self.spatial.T.to(y.dtype).contiguous()  # else autograd copies products to transpose them
+        return (y * pooling).sum(1, dtype=torch.promote_types(y.dtype, torch.float32))  # (n, latent_dim)
 
 
 class Head(nn.Module):

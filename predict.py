@@ -111,17 +111,17 @@ def load_encoder(paths, device="auto", precision="auto", batch_size=64):
     return Predictor(paths, device, choose_precision(precision, device), batch_size)
 
 
-def choose_checkpoints(checkpoint, run_dir):
-    """CHECKPOINT's files; if it is empty, finetuned.pt in RUN_DIR, else head.pt."""
-    if checkpoint:
-        return [Path(part.strip()) for part in checkpoint.split(",") if part.strip()]
-    finetuned = Path(run_dir) / "finetuned.pt"
-    return [finetuned if finetuned.exists() else Path(run_dir) / "head.pt"]
+def load_chosen():
+    """Predictor of the constants above, which all tools share."""
+    finetuned = Path(RUN_DIR) / "finetuned.pt"
+    usual = finetuned if finetuned.exists() else finetuned.with_name("head.pt")
+    paths = [part.strip() for part in CHECKPOINT.split(",") if part.strip()]
+    return load_encoder(paths or usual, DEVICE, PRECISION, BATCH_SIZE)
 
 
 def main():
     data = prepare_data.load(DATA_DIR)
-    predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
+    predictor = load_chosen()
     if any(info["made_with"].get("data_fingerprint") != data.fingerprint for info in predictor.info):
         raise UserError(f"{predictor} was not trained on {DATA_DIR}.")
     if not len(data.test_image):

@@ -220,6 +220,12 @@ def split_shared(seen, seed):
     return split
 
 
+def split_by_picture(seen):
+    if SPLITS not in ("pictures", "shared"):
+        raise UserError(f"SPLITS is {SPLITS}, expected pictures, shared or, for the challenge folder, authors.")
+    return (split_pictures if SPLITS == "pictures" else split_shared)(seen, SEED)
+
+
 def split_as_authors(name, n):
     """The authors' split of a subject's n training pictures, by row -> index into SPLIT_NAMES (n,).
 
@@ -350,12 +356,11 @@ def load(folder):
 def assign_splits(subjects, training_ids):
     """Split (n_samples,) of every sample, subject by subject."""
     seen = np.stack([np.isin(training_ids, s.nsd_ids) for s in subjects], axis=1)
-    splits = [split_as_authors(s.name, len(s.pictures)) for s in subjects]
-    if SPLITS in ("pictures", "shared"):
-        by_picture = (split_pictures if SPLITS == "pictures" else split_shared)(seen, SEED)
+    if SPLITS == "authors":
+        splits = [split_as_authors(s.name, len(s.pictures)) for s in subjects]
+    else:
+        by_picture = split_by_picture(seen)
         splits = [by_picture[np.searchsorted(training_ids, s.nsd_ids)] for s in subjects]
-    elif SPLITS != "authors":
-        raise UserError(f"SPLITS is {SPLITS}, expected pictures, shared or authors.")
     print(f"{'subject':10} {'train':>7} {'val':>7} {'test':>7} {'vertices':>9}")
     for s, split in zip(subjects, splits):
         counts, n_vertices = np.bincount(split, minlength=3), sum(len(s.vertices[hemi]) for hemi in HEMIS)
@@ -365,12 +370,19 @@ def assign_splits(subjects, training_ids):
     return np.concatenate(splits)
 
 
+def is_prepared(made_with):
+    """Whether DATA_DIR is complete. Raises UserError if it was made with other settings."""
+    path = Path(DATA_DIR) / "prepared.pt"
+    if OVERWRITE or not path.exists():
+        return False
+    check_same(DATA_DIR, load_torch(path, FORMAT, "prepare_data.py")["made_with"], made_with)
+    print(f"{DATA_DIR} is already prepared; --overwrite true prepares it again")
+    return True
+
+
 def main():
     made_with = {"SUBJECTS": SUBJECTS, "SPLITS": SPLITS, "SEED": SEED}
-    path = Path(DATA_DIR) / "prepared.pt"
-    if path.exists() and not OVERWRITE:
-        check_same(DATA_DIR, load_torch(path, FORMAT, "prepare_data.py")["made_with"], made_with)
-        print(f"{DATA_DIR} is already prepared; --overwrite true prepares it again")
+    if is_prepared(made_with):
         return
     subjects = read_folder(CHALLENGE_DIR, SUBJECTS)
     for s in progress(subjects, desc="checking activity"):

@@ -24,9 +24,19 @@ from core import distributed
 from model import UserError
 
 
+def owners(namespace):
+    """{NAME: globals() of the script that owns it} of a script's constants. namespace: its globals().
+
+    SHARED = script, "NAME NAME …" lists constants of another script that this one uses, too: they are set there.
+    """
+    script, names = namespace.get("SHARED", (None, ""))
+    shared = {name: owners(vars(script))[name] for name in names.split()}
+    return dict.fromkeys(namespace["__annotations__"], namespace) | shared
+
+
 def constants(namespace):
-    """{NAME: value} of a script's annotated constants. namespace: its globals()."""
-    return {name: namespace[name] for name in namespace["__annotations__"]}
+    """{NAME: value} of a script's constants."""
+    return {name: owner[name] for name, owner in owners(namespace).items()}
 
 
 def converter(kind):
@@ -44,15 +54,14 @@ def converter(kind):
 
 def override(namespace, arguments):
     """Set a script's constants from the command line. Raises UserError for unknown options and wrong types."""
-    source = Path(namespace["__file__"]).read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^([A-Z_\d]+): .*?  # (.*)$", source, re.M))
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=namespace["__doc__"], formatter_class=layout, allow_abbrev=False)
-    for name, kind in namespace["__annotations__"].items():
-        value = namespace[name]
+    for name, owner in owners(namespace).items():
+        kind, value, source = owner["__annotations__"][name], owner[name], Path(owner["__file__"]).read_text("utf-8")
         default = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         default = default.lower() if kind is bool else default
-        help_text = f"{comments.get(name, '')} (default: {default})".replace("%", "%%")
+        comment = re.search(rf"^{name}:[^#\n]*#? ?(.*)$", source, re.M)[1]
+        help_text = f"{comment} (default: {default})".replace("%", "%%")
         number = {"nargs": "?", "const": "true"} if kind is bool else {}
         number = {"nargs": "+"} if name.startswith("IMAGES") else number  # a shell expands *.jpg
         options = {f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}
@@ -69,7 +78,7 @@ def override(namespace, arguments):
         raise UserError(f"unknown option {unknown[0]}" + (f", did you mean {near[0]}?" if near else "; see --help."))
     for name, value in vars(chosen).items():
         if value is not None:
-            namespace[name] = ",".join(value) if isinstance(value, list) else value
+            owners(namespace)[name][name] = ",".join(value) if isinstance(value, list) else value
 
 
 def check_same(path, before, now):

@@ -32,14 +32,10 @@ from model import PICTURE_SIZE, UserError
 from nsd import coco, prepare_flat, prepare_nsd
 from nsd.prepare_flat import MAP_CORNER, MAP_SHAPE, OUTSIDE, Z_LIMIT
 
-NSD_DIR: str = prepare_nsd.NSD_DIR  # raw NSD
-RSC_DIR: str = prepare_nsd.RSC_DIR  # the organisers' retrosplenial mask; empty: nsdgeneral alone
 COCO_DIR: str = "annotations"  # annotations_trainval2017.zip: {instances,captions}_{train,val}2017.json
 SURFACE_DIR: str = "pycortex"  # pycortex's flat fsaverage: flat_{lh,rh}.gii (163,842 places each, x and y in mm)
 FLAT_DIR: str = prepare_flat.FLAT_DIR  # output: data/{train,test}-...-of-....parquet
-SUBJECTS: str = ""  # such as subj01,subj05; empty: all whose betas were downloaded
-N_SESSIONS: tuple[int, ...] = prepare_nsd.N_SESSIONS  # of subj01, subj02, ...; the last 3 are the test split
-TRIALS_PER_SESSION: int = prepare_nsd.TRIALS_PER_SESSION  # fewer only in miniature data
+SHARED = prepare_nsd, "NSD_DIR RSC_DIR SUBJECTS N_SESSIONS TRIALS_PER_SESSION"
 
 SIGMA = 1 / 2.35482  # mm, of a Gaussian with FWHM 1 mm
 ROWS_PER_GROUP, ROWS_PER_SHARD = 100, 3612  # as published: 54 shards of 195,000 trials
@@ -87,8 +83,9 @@ def resampler(places):
 
 def read_session(name, session, vertices):
     """Betas (n_trials, n_vertices of both hemispheres) of a subject's session, counted from 0."""
-    paths = [Path(NSD_DIR) / prepare_nsd.BETAS.format(name, hemi, session + 1) for hemi in HEMIS]
-    betas = [prepare_nsd.read_trials(path, TRIALS_PER_SESSION, vertices[hemi]) for path, hemi in zip(paths, HEMIS)]
+    paths = [Path(prepare_nsd.NSD_DIR) / prepare_nsd.BETAS.format(name, hemi, session + 1) for hemi in HEMIS]
+    n_trials = prepare_nsd.TRIALS_PER_SESSION
+    betas = [prepare_nsd.read_trials(path, n_trials, vertices[hemi]) for path, hemi in zip(paths, HEMIS)]
     return np.concatenate(betas, axis=1)
 
 
@@ -114,7 +111,7 @@ def plan_shards(shown):
     subjects, shards = [], {}
     for name, nsd_ids in shown.items():
         trials = pd.DataFrame({"subject": name, "trial": np.arange(nsd_ids.size), "nsd_id": nsd_ids.ravel()})
-        trials["session"] = trials.trial // TRIALS_PER_SESSION
+        trials["session"] = trials.trial // prepare_nsd.TRIALS_PER_SESSION
         n_training = len(nsd_ids) - prepare_nsd.N_TEST_SESSIONS
         subjects.append(trials.assign(split=np.where(trials.session < n_training, "train", "test")))
     for split, trials in pd.concat(subjects).groupby("split", sort=False):
@@ -137,8 +134,8 @@ def record(name, weights, infos, annotations, trial, nsd_id, picture, activity):
     objects, captions = coco.convert(annotations[info["cocoSplit"], info["cocoId"]], ast.literal_eval(info["cropBox"]))
     small = Image.fromarray(picture).resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
     return {
-        "subject_id": prepare_nsd.EVERYBODY.index(name), "trial_id": trial, "session_id": trial // TRIALS_PER_SESSION,
-        "nsd_id": nsd_id, "image": png(np.asarray(small)), "activity": png(draw_map(activity, weights)),
+        "subject_id": prepare_nsd.EVERYBODY.index(name), "trial_id": trial,
+        "session_id": trial // prepare_nsd.TRIALS_PER_SESSION, "nsd_id": nsd_id, "image": png(np.asarray(small)), "activity": png(draw_map(activity, weights)),
         "subject": name, **{flag: bool(info[flag]) for flag in FLAGS}, "coco_split": info["cocoSplit"],
         "coco_id": info["cocoId"], "objects": objects, "captions": captions,
         "repetitions": {column: info[column] for column in REPETITIONS},
@@ -148,7 +145,7 @@ def record(name, weights, infos, annotations, trial, nsd_id, picture, activity):
 def write_shard(path, trials, columns, grids, infos, annotations, bar):
     """trials: see plan_shards(); columns: the schema; grids {subject: (vertices, weights)}."""
     with (
-        h5py.File(Path(NSD_DIR) / prepare_nsd.STIMULI, locking=False) as stimuli,
+        h5py.File(Path(prepare_nsd.NSD_DIR) / prepare_nsd.STIMULI, locking=False) as stimuli,
         ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow encodes outside Python's lock
         atomic_write(path) as file,
         pyarrow.parquet.ParquetWriter(file, columns) as writer,
@@ -161,17 +158,17 @@ def write_shard(path, trials, columns, grids, infos, annotations, bar):
             for i in range(0, len(part), ROWS_PER_GROUP):
                 group, ids = part.trial[i : i + ROWS_PER_GROUP], part.nsd_id[i : i + ROWS_PER_GROUP]
                 pictures = [stimuli["imgBrick"][nsd_id] for nsd_id in ids]
-                rows = list(pool.map(build, group, ids, pictures, activity[group % TRIALS_PER_SESSION]))
+                rows = list(pool.map(build, group, ids, pictures, activity[group % prepare_nsd.TRIALS_PER_SESSION]))
                 writer.write_table(pyarrow.Table.from_pylist(rows, columns))
                 bar.update(len(rows))
 
 
 def main():
-    output, root = Path(FLAT_DIR) / "data", Path(NSD_DIR)
-    n_sessions = prepare_nsd.choose_subjects(root, SUBJECTS, N_SESSIONS)
+    output, root = Path(FLAT_DIR) / "data", Path(prepare_nsd.NSD_DIR)
+    n_sessions = prepare_nsd.choose_subjects(root, prepare_nsd.SUBJECTS, prepare_nsd.N_SESSIONS)
     prepare_nsd.check_files(root, [STIMULUS_INFO])
-    shown, _ = prepare_nsd.survey(root, n_sessions, TRIALS_PER_SESSION, labels=False)
-    mask, surface = prepare_nsd.read_mask(root, RSC_DIR), load_surface(SURFACE_DIR)
+    shown, _ = prepare_nsd.survey(root, n_sessions, prepare_nsd.TRIALS_PER_SESSION, labels=False)
+    mask, surface = prepare_nsd.read_mask(root, prepare_nsd.RSC_DIR), load_surface(SURFACE_DIR)
     made_from = fingerprint(shown, mask, surface)
     shards = plan_shards(shown)
     for path in output.glob("*.parquet"):

@@ -27,17 +27,12 @@ import torch
 from PIL import Image
 
 import prepare_data
-from core.files import load_torch
-from core.settings import check_same, progress, run
+from core.settings import progress, run
 from core.space import Space
 from model import UserError
 
 FLAT_DIR: str = "nsd_flat"  # folder with {train,test}-...-of-....parquet in it or below
-DATA_DIR: str = prepare_data.DATA_DIR  # output, read by all later stages
-SUBJECTS: str = ""  # such as subj01,subj05; empty: all in FLAT_DIR
-SPLITS: str = "pictures"  # pictures: 85/10/5 % by picture; shared: pictures that all saw are the private test
-SEED: int = prepare_data.SEED  # of the splits
-OVERWRITE: bool = False  # prepare again even if DATA_DIR is complete
+SHARED = prepare_data, "DATA_DIR SUBJECTS SPLITS SEED OVERWRITE"
 
 MAP_CORNER, MAP_SHAPE = (-100, 95), (215, 200)  # mm, upper left; rows and columns
 Z_LIMIT = 2.5  # activity is stored from -Z_LIMIT to Z_LIMIT
@@ -105,15 +100,12 @@ def pixel_space(names, inside):
 
 
 def prepare(made_with):
-    if SPLITS not in ("pictures", "shared"):
-        raise UserError(f"SPLITS is {SPLITS}, expected pictures or shared.")
-    split_by = prepare_data.split_pictures if SPLITS == "pictures" else prepare_data.split_shared
     files = find_files(FLAT_DIR)
     trials = read_trials(files)
     ids = {f"subj{i + 1:02d}": i for i in np.unique(trials.subject_id).tolist()}
-    names = sorted(SUBJECTS.replace(",", " ").split()) or list(ids)
+    names = sorted(prepare_data.SUBJECTS.replace(",", " ").split()) or list(ids)
     if set(names) - ids.keys():
-        raise UserError(f"SUBJECTS is {SUBJECTS}, but {FLAT_DIR} has {', '.join(ids)}.")
+        raise UserError(f"SUBJECTS is {prepare_data.SUBJECTS}, but {FLAT_DIR} has {', '.join(ids)}.")
     numbers = [ids[name] for name in names]
     trained = trials.nsd_id[~trials.test].unique()  # by anybody: no test pictures
     used = trials[trials.subject_id.isin(numbers) & ~(trials.test & trials.nsd_id.isin(trained))]
@@ -126,7 +118,7 @@ def prepare(made_with):
     training_ids, training_row = np.unique(nsd_id[~test], return_inverse=True)
     seen = np.zeros((len(training_ids), len(names)), bool)
     seen[training_row, subject[~test]] = True
-    split = split_by(seen, SEED)
+    split = prepare_data.split_by_picture(seen)
     if not all(seen[split == i].any(0).all() for i in (0, 1)):
         raise UserError(f"{FLAT_DIR} has a subject with too few pictures for training and validation.")
     samples = {
@@ -144,20 +136,18 @@ def prepare(made_with):
             yield np.where(mask[subject[part]], mean, 0).astype(np.float32)
 
     prepare_data.write_prepared(
-        DATA_DIR, space=space, samples=samples, nsd_ids=first.to_numpy(copy=True), n_training_images=len(training_ids),
-        activity=activity(np.flatnonzero(~test)), test_activity=activity(np.flatnonzero(test)), splits=SPLITS,
-        made_with=made_with, images=decode(files, "image", first.index.to_numpy(), prepare_data.decode_picture),
+        prepare_data.DATA_DIR, space=space, samples=samples, nsd_ids=first.to_numpy(copy=True),
+        n_training_images=len(training_ids), splits=prepare_data.SPLITS, made_with=made_with,
+        activity=activity(np.flatnonzero(~test)), test_activity=activity(np.flatnonzero(test)),
+        images=decode(files, "image", first.index.to_numpy(), prepare_data.decode_picture),
     )  # fmt: skip
     print(f"{space.n_vertices} pixels, whose scores are not comparable to those of vertices; {test.sum()} test samples")
 
 
 def main():
-    made_with = {"SUBJECTS": SUBJECTS, "SPLITS": SPLITS, "SEED": SEED, "SOURCE": "NSD-Flat"}
-    path = Path(DATA_DIR) / "prepared.pt"
-    if path.exists() and not OVERWRITE:
-        check_same(DATA_DIR, load_torch(path, prepare_data.FORMAT, "prepare_flat.py")["made_with"], made_with)
-        print(f"{DATA_DIR} is already prepared; --overwrite true prepares it again")
-    else:
+    made_with = {name: getattr(prepare_data, name) for name in ("SUBJECTS", "SPLITS", "SEED")}
+    made_with["SOURCE"] = "NSD-Flat"
+    if not prepare_data.is_prepared(made_with):
         prepare(made_with)
 
 

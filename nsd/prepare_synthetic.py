@@ -23,12 +23,12 @@ from core.space import HEMIS
 from model import UserError
 from nsd import prepare_nsd
 
-NSD_DIR: str = prepare_nsd.NSD_DIR  # the downloaded part of s3://natural-scenes-dataset, same paths below it
 CHALLENGE_DIR: str = prepare_data.CHALLENGE_DIR  # says which vertices each subject has
 OUTPUT_DIR: str = "synthetic"  # output: subj01 ... with test_split and roi_masks
 SUBJECTS: str = ""  # such as subj01,subj05; empty: all in CHALLENGE_DIR
 TRIALS_PER_SESSION: int = 744  # fewer only in miniature data
 OVERWRITE: bool = False  # prepare subjects again that are in OUTPUT_DIR already
+SHARED = prepare_nsd, "NSD_DIR"
 
 N_SHARED, N_OWN = 220, 64  # pictures of all subjects, of one alone
 FIRST_ID = 73000  # ids below are NSD's own
@@ -80,7 +80,7 @@ def write_subject(root, name, picture, masks, folder):
 
 
 def main():
-    root, names = Path(NSD_DIR), [s.name for s in prepare_data.read_folder(CHALLENGE_DIR, SUBJECTS)]
+    root, names = Path(prepare_nsd.NSD_DIR), [s.name for s in prepare_data.read_folder(CHALLENGE_DIR, SUBJECTS)]
     betas = [BETAS.format(name, hemi) for name in names for hemi in HEMIS]
     prepare_nsd.check_files(root, [DESIGN, STIMULI, *map(OWN_STIMULI.format, names)], betas, TRIALS_PER_SESSION)
     picture = scipy.io.loadmat(root / DESIGN)["masterordering"].ravel().astype(np.int64) - 1

@@ -35,6 +35,7 @@ import finetune
 import fit_pca
 import prepare_data
 import train_head
+from core.settings import owners
 from core.space import HEMIS
 from tools.simulate import simulate
 
@@ -48,11 +49,17 @@ HEAD = dict(TRUNK=TINY, PRETRAINED=False, LAYERS="0,2", IMAGE_SIZE=56, LATENT_DI
 # ---- running scripts -----------------------------------------------------------------------------
 
 
+def set_constants(patch, module, **constants):
+    """Set constants of a script, in the script that owns them; refuses unknown names. Paths become text."""
+    known = dict.fromkeys(vars(module), vars(module)) | owners(vars(module))
+    for name, value in constants.items():
+        patch.setitem(known[name], name, str(value) if isinstance(value, Path) else value)
+
+
 def run_stage(module, **constants):
-    """The script's real main() with these constants, in this process. Paths become text."""
+    """The script's real main() with these constants, in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in constants.items():
-            patch.setattr(module, name, str(value) if isinstance(value, Path) else value)  # refuses unknown names
+        set_constants(patch, module, **constants)
         with torch.enable_grad():
             module.main()
 

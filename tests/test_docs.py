@@ -12,6 +12,7 @@ import pytest
 import prepare_data
 from core import training
 from core.files import load_torch
+from core.settings import constants
 from tests.conftest import HEAD, ROOT, TRAINING, on_command_line
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +31,7 @@ def test_links_and_commands_exist(page):
         name = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
         if words[0] == "-m" and not name.startswith(("tools.", "nsd.")):
             continue
-        known = importlib.import_module(name).__annotations__
+        known = constants(vars(importlib.import_module(name)))
         for option in (word.split("=")[0] for word in words if word.startswith("--")):
             assert option[2:].upper() in known, f"{command}: {option}"
 

@@ -20,7 +20,7 @@ from core.checkpoint import load_checkpoint
 from core.settings import constants, run
 from core.space import HEMIS
 from model import UserError, trunk_outputs
-from tests.conftest import run_stage
+from tests.conftest import run_stage, set_constants
 from tools import contrast, predict_pictures
 from tools.pictures import find_pictures, predict_files, read_picture
 from tools.vertices import roi_masks
@@ -200,8 +200,7 @@ def test_checkpoints_are_averaged_and_large_sets_get_no_maps(run_dir, finetuned_
 
 def test_unreadable_pictures_give_exit_code_1_after_the_others(photos, run_dir, tmp_path, monkeypatch):
     """Through the command line, with several words, as a shell expands *.png."""
-    for name, value in constants(vars(predict_pictures)).items():
-        monkeypatch.setattr(predict_pictures, name, value)  # restored at the end
+    set_constants(monkeypatch, predict_pictures, **constants(vars(predict_pictures)))  # restored at the end
     options = f"x --run_dir {run_dir} --subject group --device cpu --maps 0 --output_dir {tmp_path}/out".split()
     monkeypatch.setattr(sys, "argv", [*options, "--images", *map(str, sorted(photos.iterdir())[:2])])
     with pytest.raises(SystemExit) as end:

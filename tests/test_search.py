@@ -24,7 +24,7 @@ from core.checkpoint import load_checkpoint
 from core.settings import constants, override
 from core.space import Space
 from model import Crops, Trunk, UserError
-from tests.conftest import TINY, assert_equal, read_log, run_process, run_stage
+from tests.conftest import TINY, assert_equal, read_log, run_process, run_stage, set_constants
 from tools import compare_trunks, ridge, search
 
 N_PICTURES, N_LH, N_VERTICES = 120, 20, 36
@@ -335,10 +335,10 @@ def test_finished_trunks_are_kept(compared, fitted, capsys):
 def test_a_trunk_that_fails_leaves_the_others(fitted, tmp_path, monkeypatch):
     create = compare_trunks.Trunk
 
-    def without_weights(name, layers, pretrained, **options):
+    def without_weights(name, layers, image_size, pretrained, *seed):
         if name == OTHER and pretrained:
             raise UserError("no pretrained weights")
-        return create(name, layers, pretrained=False, **options)
+        return create(name, layers, image_size, False, *seed)
 
     monkeypatch.setattr(compare_trunks, "Trunk", without_weights)
     settings = TRUNKS | dict(DATA_DIR=fitted, PRETRAINED=True, SEEDS=1, STEPS=2, RIDGE=False)
@@ -377,7 +377,7 @@ def test_reports_numbers_stand_beside_its_settings_only(monkeypatch):
     assert not compare_trunks.has_report_settings(data(8), SimpleNamespace(components=torch.empty(1, 64)))
     for name, value in dict(STEPS=1000, LAYERS="0,2,4", IMAGE_SIZE=448, LEARNING_RATE=1e-3, PCA_DIM=64).items():
         with monkeypatch.context() as patch:
-            patch.setattr(compare_trunks, name, value)
+            set_constants(patch, compare_trunks, **{name: value})
             assert not compare_trunks.has_report_settings(data(8), pca), name
     rows = [{"method": m, "seed": 0, "val_r2": 0.2, "resampled": [0.2]} for m in ("head", "ridge")]
     results = {"vit_base_patch16_224.mae": rows, TINY: rows}

@@ -35,15 +35,11 @@ from tools import evaluate, ridge
 from tools.vertices import draw_pictures, find, interval, resampled_scores
 
 DATA_DIR: str = "new_person_data"  # prepared data of this person alone: prepare_data.py --subjects NAME --data_dir …
-RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
-CHECKPOINT: str = ""  # input; empty: finetuned.pt in RUN_DIR, else head.pt
 OUTPUT_DIR: str = ""  # empty: runs/NAME
 N_DRAWS: int = 5  # of the curve's pictures at random, at sizes up to half of all
 SEED: int = 0  # of these draws and of the folds of cross-validation
-BATCH_SIZE: int = 64  # pictures at a time
-PRECISION: str = "auto"  # auto, bfloat16, float16 or float32
-DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE: bool = False  # replace OUTPUT_DIR
+SHARED = predict, "RUN_DIR CHECKPOINT BATCH_SIZE PRECISION DEVICE"
 
 SIZES = (10, 30, 100, 300, 1000, 3000, 10000)  # pictures, of the curve
 PENALTIES = [10 ** (k / 2) for k in range(-4, 13)] + [float("inf")]  # a, in mean |h - h_mean|²; infinity: B = 0
@@ -71,7 +67,7 @@ class Person:
         trunk = self.encoder.trunk
         functions = [self.encoder.latents, lambda features: ridge.pool_tokens(trunk, features)]
         with progress(total=len(data.image), desc="pictures", unit="picture") as bar:
-            options = (BATCH_SIZE, predictor.precision, bar.update)
+            options = (predictor.batch_size, predictor.precision, bar.update)
             self.h, self.features = trunk_outputs(trunk, data.images[data.image], functions, *options)
         self.activity = torch.from_numpy(data.activity[:, self.known]).to(self.h.device, torch.float32)
         self.group = self.encoder.predict(self.h)[:, self.columns]
@@ -198,7 +194,7 @@ def adapt(data, predictor, folder):
 
 def main():
     data = prepare_data.load(DATA_DIR)
-    predictor = predict.load_encoder(predict.choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
+    predictor = predict.load_chosen()
     space, [path] = predictor.space, predictor.paths
     [*others, name] = data.space.subjects
     if others or name in space.subjects:

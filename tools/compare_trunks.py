@@ -44,46 +44,30 @@ TABLE_4_SETTINGS = {  # (report, Tables 1, 2 and 4); only with these its numbers
     "FEATURE_DROPOUT": 0.9, "CROP_SCALE": 0.8, "PRETRAINED": True, "TRAIN_EMBEDDING": False, "MICRO_BATCH": 0,
 }  # fmt: skip
 
-DATA_DIR: str = "data"  # prepared data and PCA
 RUN_DIR: str = "runs/trunks"  # table, figure and one folder per trunk
 TRUNKS: tuple[str, ...] = tuple(TABLE_4)  # timm names, separated by commas (report, Table 4)
 SEEDS: int = 3  # heads per trunk
 RIDGE: bool = True  # false: without ridge regression
 
-LAYERS: str = train_head.LAYERS  # blocks, the same for all trunks
-PRETRAINED: bool = True  # false: random weights, for tests
-IMAGE_SIZE: int = train_head.IMAGE_SIZE  # px, input of the trunk
-LATENT_DIM: int = train_head.LATENT_DIM  # of the head, as in train_head.py
-PCA_DIM: int = train_head.PCA_DIM  # components used; 0: all
-LEARNING_RATE: float = train_head.LEARNING_RATE  # peak, then cosine decay
-MIN_LEARNING_RATE: float = train_head.MIN_LEARNING_RATE  # at the end
-BETAS: tuple[float, ...] = train_head.BETAS  # AdamW
-WEIGHT_DECAY: float = train_head.WEIGHT_DECAY  # on everything trainable
-FEATURE_DROPOUT: float = train_head.FEATURE_DROPOUT  # of single trunk features
-CROP_SCALE: float = train_head.CROP_SCALE  # smallest area of the random square crop
-BATCH_SIZE: int = train_head.BATCH_SIZE  # samples per optimiser step
-MICRO_BATCH: int = 0  # samples at a time; 0: the whole batch
 STEPS: int = 1250  # per head, a twentieth of them warm-up (report, Table 4)
-VALIDATE_EVERY: int = 0  # steps; 0: once per epoch
-SEED: int = 0  # of order and crops, and of the first head; the others count up
 RESAMPLES: int = 500  # of the validation pictures, for the intervals
-PRECISION: str = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
-DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE: bool = False  # train trunks again that RUN_DIR already contains
+SHARED = train_head, """DATA_DIR LAYERS PRETRAINED IMAGE_SIZE LATENT_DIM PCA_DIM LEARNING_RATE MIN_LEARNING_RATE BETAS
+    WEIGHT_DECAY FEATURE_DROPOUT CROP_SCALE BATCH_SIZE MICRO_BATCH VALIDATE_EVERY SEED PRECISION DEVICE"""  # fmt: skip
 
 
-def head_settings(trunk, run_dir, seed):
-    """train_head.py's constants for one head."""
-    shared = {name: value for name, value in constants(globals()).items() if hasattr(train_head, name)}
-    shared |= {"TRUNK": trunk, "RUN_DIR": str(run_dir), "SEED": seed, "WARMUP_STEPS": STEPS // 20}
-    return constants(vars(train_head)) | shared
+def head_settings(trunk, run_dir, i=0):
+    """train_head.py's constants for one head, the i-th of SEEDS."""
+    own = {"TRUNK": trunk, "RUN_DIR": str(run_dir), "SEED": train_head.SEED + i}
+    return constants(vars(train_head)) | own | {"STEPS": STEPS, "WARMUP_STEPS": STEPS // 20}
 
 
 def run_trunk(name, folder, data, pca, device, precision):
     """Train and score the heads of one trunk -> rows, see score_methods()."""
     (folder / "scores.json").unlink(missing_ok=True)  # before the checkpoints that it describes
-    trunk = Trunk(name, LAYERS, image_size=IMAGE_SIZE, pretrained=PRETRAINED, seed=SEED)
-    settings = [head_settings(name, folder, SEED + i) for i in range(SEEDS)]
+    settings = [head_settings(name, folder, i) for i in range(SEEDS)]
+    s = train_head
+    trunk = Trunk(name, s.LAYERS, s.IMAGE_SIZE, s.PRETRAINED, s.SEED)
     learners = [
         train_head.new_learner(trunk, s, f"seed-{i}.pt", data, pca, device, precision) for i, s in enumerate(settings)
     ]
@@ -102,13 +86,13 @@ def score_methods(encoders, data, precision):
     All methods and trunks see the same resamples, in which a picture is drawn for all its subjects together.
     """
     trunk, device = encoders[0].trunk, encoders[0].head.embed_bias.device
-    options = {"batch_size": MICRO_BATCH or BATCH_SIZE, "precision": precision}
+    options = {"batch_size": train_head.MICRO_BATCH or train_head.BATCH_SIZE, "precision": precision}
     pictures = np.unique(data.image[data.samples("val")])
     latents = trunk_outputs(trunk, data.images[pictures], [e.eval().latents for e in encoders], **options)
     if RIDGE:
         pool = [lambda features: ridge.pool_tokens(trunk, features).cpu()]
         [pooled] = trunk_outputs(trunk, data.images[: data.n_training_images], pool, **options)
-    counts, no_ceiling = draw_pictures(len(pictures), RESAMPLES, SEED), np.array([np.nan])
+    counts, no_ceiling = draw_pictures(len(pictures), RESAMPLES, train_head.SEED), np.array([np.nan])
 
     def read(rows, mask):
         return torch.from_numpy(data.read_activity(rows)[:, mask]).to(device, torch.float32)
@@ -160,32 +144,32 @@ def print_table(table, data):
     print(f"\nMedian R² on the validation split ({len(rows)} samples, {n_pictures} unique pictures), mean over seeds")
     print(table.dropna(axis=1, how="all").to_string(index=False, float_format="{:.4f}".format, na_rep=""))
     print("low, high: 95 % interval of the difference to the best over pictures; it does not cover seeds.")
-    if STEPS < 500 or STEPS * BATCH_SIZE < 5 * len(train) or table["val_r2"].max() <= 0:
+    if STEPS < 500 or STEPS * train_head.BATCH_SIZE < 5 * len(train) or table["val_r2"].max() <= 0:
         print("This schedule is too short to compare trunks (report: 1250 steps of 512, 10 epochs).")
 
 
 def has_report_settings(data, pca):
-    settings = constants(vars(train_head)) | constants(globals())
-    settings |= {"PCA_DIM": PCA_DIM or pca.components.shape[1], "SUBJECTS": len(data.space.subjects)}
+    settings = head_settings(TRUNKS[0], RUN_DIR) | {"SUBJECTS": len(data.space.subjects)}
+    settings["PCA_DIM"] = settings["PCA_DIM"] or pca.components.shape[1]
     return all(settings[name] == value for name, value in TABLE_4_SETTINGS.items())
 
 
 def load_inputs(namespace, not_compared):
     """Prepared data, PCA, device and precision of a script, and a dict of what its results rest on."""
-    data = prepare_data.load(namespace["DATA_DIR"])
-    pca = fit_pca.load(namespace["DATA_DIR"], data)
-    device = choose_device(namespace["DEVICE"])
-    precision = choose_precision(namespace["PRECISION"], device)
+    data = prepare_data.load(train_head.DATA_DIR)
+    pca = fit_pca.load(train_head.DATA_DIR, data)
+    device = choose_device(train_head.DEVICE)
+    precision = choose_precision(train_head.PRECISION, device)
     inputs = {name: value for name, value in constants(namespace).items() if name not in not_compared}
     inputs |= {"precision": str(precision), "data": data.fingerprint, "pca": pca.fingerprint}
     return data, pca, device, precision, json.loads(json.dumps(inputs))
 
 
 def main():
-    training.check_settings(head_settings(TRUNKS[0], RUN_DIR, SEED))
+    training.check_settings(head_settings(TRUNKS[0], RUN_DIR))
     for name in TRUNKS:  # refuse unknown names and layers before the first trunk trains
         with torch.device("meta"):
-            Trunk(name, LAYERS, image_size=IMAGE_SIZE, pretrained=False)
+            Trunk(name, train_head.LAYERS, train_head.IMAGE_SIZE, pretrained=False)
     data, pca, device, precision, inputs = load_inputs(globals(), {*training.FREE, "TRUNKS"})
     folder, with_report, results, failures = Path(RUN_DIR), has_report_settings(data, pca), {}, []
     with lock(folder):

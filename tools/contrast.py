@@ -12,25 +12,19 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, ttest_ind
 
+import predict
 from core.files import output_folder
 from core.settings import run
-from predict import choose_checkpoints, load_encoder
+from tools import predict_pictures
 from tools.flatmap import FlatMap, fit_limits
 from tools.pictures import find_pictures, list_pictures, predict_files, report, shown
 from tools.predict_pictures import average_rois, choose_subjects, save_arrays, save_gifti, save_map
 
 IMAGES_A: str = ""  # files, folders and globs, separated by commas
 IMAGES_B: str = ""  # the same of the condition that is subtracted
-RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
-CHECKPOINT: str = ""  # files separated by commas, averaged; empty: finetuned.pt in RUN_DIR, else head.pt
-SUBJECT: str = "all"  # names separated by commas, group (subject-agnostic), or all
 OUTPUT_DIR: str = "contrast"  # output
-OUTLINES: str = "streams"  # ROI group outlined on maps; empty: none
-FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
-BATCH_SIZE: int = 64  # pictures at a time
-PRECISION: str = "auto"  # auto, bfloat16, float16 or float32
-DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE: bool = False  # replace a contrast that exists
+SHARED = predict_pictures, "RUN_DIR CHECKPOINT SUBJECT OUTLINES FSAVERAGE_DIR BATCH_SIZE PRECISION DEVICE"
 
 LABELS = {"difference": "difference of predicted activity (z)", "t": "t over pictures"}  # of the maps that are drawn
 
@@ -45,7 +39,7 @@ def compare(a, b):
 def save_contrast(folder, flat, subject, maps, title):
     """Arrays, GIFTI files and maps of one subject (an index; None: the group). maps {name: (n_vertices,)}."""
     save_arrays(folder, flat.space, subject, **maps)
-    outlines = flat.outlines(OUTLINES, subject)
+    outlines = flat.outlines(predict_pictures.OUTLINES, subject)
     for name, values in maps.items():
         values = np.where(flat.space.present(subject), values, np.nan)
         save_gifti(folder / name, flat.space, {name: values})
@@ -58,9 +52,9 @@ def main():
     paths = {condition: find_pictures(files, OUTPUT_DIR) for condition, files in images.items()}
     # a single folder or file names its condition
     title = " − ".join(shown(Path(files).name) if os.path.exists(files) else letter for letter, files in images.items())
-    predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
-    subjects = choose_subjects(SUBJECT, predictor)
-    flat = FlatMap(predictor.space, FSAVERAGE_DIR)
+    predictor = predict.load_chosen()
+    subjects = choose_subjects(predictor)
+    flat = FlatMap(predictor.space, predict_pictures.FSAVERAGE_DIR)
     pictures, latents, rows, rois, failures = [], [], [], [], []
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
         for condition in images:

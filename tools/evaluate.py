@@ -26,9 +26,6 @@ from tools import figures, page
 from tools.pictures import plural
 from tools.vertices import draw_pictures, find, interval, resampled_scores, roi_masks
 
-DATA_DIR: str = "data"  # prepared data
-RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
-CHECKPOINT: str = ""  # files separated by commas, averaged; empty: finetuned.pt in RUN_DIR, else head.pt
 SUBMISSION: str = ""  # a submission folder to score on challenge, instead of a checkpoint
 SPLIT: str = "val"  # val, test (private) or challenge: held-out activity in CHALLENGE_DIR, or NSD-Flat's test
 CHALLENGE_DIR: str = prepare_data.CHALLENGE_DIR  # subjXX/test_split with test_fmri, noise_ceiling; or NSD-synthetic's
@@ -38,11 +35,9 @@ FIGURES: bool = True  # false: scores only
 OUTLINES: str = "streams"  # ROI group outlined on flat maps; empty: none
 FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
 RESAMPLES: int = 500  # of the pictures, for 95 % intervals; 0: none
-BATCH_SIZE: int = 64  # pictures at a time
 SEED: int = 0  # of the resamples and of the clustering in figure 2a
-PRECISION: str = "auto"  # auto, bfloat16, float16 or float32
-DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE: bool = False  # replace an evaluation that exists
+SHARED = predict, "DATA_DIR RUN_DIR CHECKPOINT BATCH_SIZE PRECISION DEVICE"
 
 FEWEST_PICTURES = 10  # of a subject; with fewer there is no interval
 N_EXAMPLES = 6  # of figure 4b
@@ -101,7 +96,7 @@ def read_samples(data, split, s):
     if split == "synthetic" and paths and not SUBMISSION:
         ids, images = listed, np.stack(list(prepare_data.decode_pictures(paths)))
     elif paths and not np.array_equal(listed, ids):
-        raise UserError(f"{folder}/test_images are not the test pictures that {DATA_DIR} was prepared with.")
+        raise UserError(f"{folder}/test_images are not the test pictures of {predict.DATA_DIR}.")
     if not (folder / "test_fmri").exists():
         return ids[:0], None, None
     return ids, images, read_sides(folder / "test_fmri", "test_fmri", data.space, s, (len(ids),))
@@ -266,10 +261,10 @@ def write_scores(folder, what, parts, reported, space):
 
 
 def main():
-    data, predictor, infos, parts = prepare_data.load(DATA_DIR), None, [], []
+    data, predictor, infos, parts = prepare_data.load(predict.DATA_DIR), None, [], []
     source, output = SUBMISSION, Path(SUBMISSION) / "evaluation"
     if not SUBMISSION:
-        predictor = predict.load_encoder(predict.choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
+        predictor = predict.load_chosen()
         source, infos = ", ".join(map(str, predictor.paths)), predictor.info
     split = choose_split(data.space, infos)
     if predictor:

@@ -11,21 +11,18 @@ import numpy as np
 import pandas as pd
 import torch
 
+import predict
 import prepare_data
 from core.files import output_folder
 from core.scores import r2_score
 from core.settings import run
 from model import UserError
-from predict import choose_checkpoints, load_encoder
 from tools.contributions import Decomposition, describe_fields, measure_covariance
 from tools.flatmap import FlatMap, fit_limits, save_figure
 from tools.pictures import find_pictures, list_pictures, plural, read_batches, read_picture, report
 from tools.predict_pictures import save_arrays, save_gifti
 from tools.vertices import find, roi_masks
 
-DATA_DIR: str = "data"  # prepared data: reference pictures, and activity for R²
-RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
-CHECKPOINT: str = ""  # one file; empty: finetuned.pt in RUN_DIR, else head.pt
 SUBJECT: str = ""  # a name or group; empty: the checkpoint's first subject
 SPLIT: str = "val"  # train, val or test: where reference pictures come from
 N_REFERENCE: int = 300  # reference pictures at most
@@ -37,9 +34,8 @@ MIN_R2: float = 0.05  # vertices below are left out of fields.png
 OUTLINES: str = "prf-visualrois"  # ROI group outlined on maps; empty: none
 FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
 BATCH_SIZE: int = 16  # pictures at a time
-PRECISION: str = "auto"  # auto, bfloat16, float16 or float32
-DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE: bool = False  # replace explanations that exist
+SHARED = predict, "DATA_DIR RUN_DIR CHECKPOINT PRECISION DEVICE"
 
 
 def choose_references(data, name):
@@ -148,10 +144,9 @@ def explain_pictures(folder, paths, decomposition, precision, rois, mean_terms):
 @torch.inference_mode()
 def main():
     paths = find_pictures(IMAGES, OUTPUT_DIR) if IMAGES else []
-    checkpoints = choose_checkpoints(CHECKPOINT, RUN_DIR)
-    if len(checkpoints) > 1 or SPLIT not in prepare_data.SPLIT_NAMES:
+    data, predictor = prepare_data.load(predict.DATA_DIR), predict.load_chosen()
+    if len(predictor.paths) > 1 or SPLIT not in prepare_data.SPLIT_NAMES:
         raise UserError("CHECKPOINT is one file here, and SPLIT train, val or test.")
-    data, predictor = prepare_data.load(DATA_DIR), load_encoder(checkpoints, DEVICE, PRECISION, BATCH_SIZE)
     space, name = predictor.space, SUBJECT or predictor.subjects[0]
     subject = predictor.index(name)
     rois = parse_rois(space, subject) if paths else None

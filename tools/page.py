@@ -1,44 +1,16 @@
-"""report.html: one self-contained page of an evaluation, for tools/evaluate.py. Needs no network."""
+"""report.html: one self-contained page of an evaluation, for tools/evaluate.py; page.html is its template."""
 
 import base64
-import io
 import json
+from pathlib import Path
 
 import jinja2
 import numpy as np
-from PIL import Image
 from plotly.colors import get_colorscale
 from plotly.io import to_html
 
 from tools.figures import SCORE_NAMES, score_maps
 from tools.flatmap import FlatMap, fit_limits
-
-TEMPLATE = jinja2.Template(
-    """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title | e }}</title><style>
-* { box-sizing: border-box; } img { max-width: 100%; cursor: zoom-in; } img.full { max-width: none; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1160px; margin: auto; padding: 0 1em; overflow-wrap: anywhere }
-.number { font-size: 1.2em; background: #eef4fa; padding: 12px 16px; border-left: 4px solid #0072b2; }
-.wide, figure { overflow: auto; margin: 1em 0; } pre { white-space: pre-wrap; }
-table { border-collapse: collapse; font-size: 0.85em; } td, th { padding: 3px 9px; white-space: nowrap }
-</style></head><body><h1>{{ title | e }}</h1><p class="number">{{ number | e }}</p>
-{% if split == "val" %}<p>Figures and areas are of the validation split, as in the report. The checkpoint \
-was selected on the validation split, so validation scores are optimistic.</p>{% endif %}
-{% if what.splits == "authors" %}<p>Splits are the authors': a picture may be trained on for one subject and scored \
-for another, which inflates the scores slightly.</p>{% endif %}
-<h2>Scores</h2><div class="wide">{{ overview }}</div>
-<p>Averages are over {{ unit }}; “all” pools those of all subjects. “group” is the subject-agnostic prediction. In \
-parentheses: 95 % intervals from resampling pictures; they do not cover training seeds. The challenge score is the \
-mean over {{ unit }} of the squared correlation (0 where negative) divided by the noise ceiling, at most 1.</p>
-{% if cortex %}<h2>On the cortex</h2><p>Drag to turn, scroll to zoom. Grey: not scored.</p>{{ cortex }}{% endif %}
-<h2>Figures</h2><p>As numbered in the report. Click one to enlarge it.</p>{% for name, content in figures.items() %}
-<figure><img alt="{{ name }}" src="data:image/webp;base64,{{ content }}" onclick="this.classList.toggle('full')">
-<figcaption>{{ name }}</figcaption></figure>{% endfor %}
-{% if rois %}<h2>By ROI</h2>{% for subject, table in rois.items() %}<details><summary>{{ subject }}</summary>
-<div class="wide">{{ table }}</div></details>{% endfor %}{% endif %}
-<h2>Provenance</h2><details><summary>settings and versions</summary><pre>{{ made_with | e }}</pre></details>
-</body></html>"""
-)
 
 
 def write_page(folder, title, number, overview, part, space, what):
@@ -46,14 +18,13 @@ def write_page(folder, title, number, overview, part, space, what):
     evaluate.measure(), shown on the cortex and by ROI; what: {name: value} of what made it."""
     pictures, rois = {}, {}
     for path in sorted(folder.glob("figure_*.png")):
-        small = io.BytesIO()
-        Image.open(path).convert("RGB").save(small, "WEBP", quality=85)
-        pictures[path.stem.replace("_", " ")] = base64.b64encode(small.getvalue()).decode()
+        pictures[path.stem.replace("_", " ")] = base64.b64encode(path.read_bytes()).decode()
     for subject, rows in part.table.groupby("subject", sort=False) if space.rois else ():
         wide = rows.pivot_table("score", ["roi_group", "roi"], ["prediction", "metric", "hemisphere"], sort=False)
         wide.columns = [" ".join(names).replace("r2", "R²") for names in wide.columns]
         rois[subject] = wide.reset_index().to_html(index=False, border=0, na_rep="–", float_format="{:.3f}".format)
-    content = TEMPLATE.render(
+    template = jinja2.Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    content = template.render(
         title=title, number=number, overview=overview.to_html(index=False, border=0), split=part.split, unit=space.unit,
         cortex=cortex(part.maps, space) if space.unit == "vertices" else "", figures=pictures, rois=rois, what=what,
         made_with=json.dumps(what, indent=1),

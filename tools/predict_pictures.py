@@ -8,31 +8,27 @@ import numpy as np
 import pandas as pd
 from nibabel import gifti
 
+import predict
 from core.files import output_folder
 from core.settings import run
 from core.space import HEMIS, N_FSAVERAGE
-from predict import choose_checkpoints, load_encoder
 from tools.flatmap import FlatMap, describe_maps, fit_limits, save_figure
 from tools.pictures import find_pictures, list_pictures, plural, predict_files, read_picture, report
 from tools.vertices import roi_masks
 
 IMAGES: str = ""  # files, folders and globs, separated by commas
-RUN_DIR: str = "runs/base"  # holds finetuned.pt or head.pt
-CHECKPOINT: str = ""  # files separated by commas, averaged; empty: finetuned.pt in RUN_DIR, else head.pt
 SUBJECT: str = "all"  # names separated by commas, group (subject-agnostic), or all
 OUTPUT_DIR: str = "predictions"  # output
 MAPS: int = 20  # draw maps and write GIFTI files for up to so many pictures; 0: never
 OUTLINES: str = "streams"  # ROI group outlined on maps; empty: none
 FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
-BATCH_SIZE: int = 64  # pictures at a time
-PRECISION: str = "auto"  # auto, bfloat16, float16 or float32
-DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE: bool = False  # replace predictions that exist
+SHARED = predict, "RUN_DIR CHECKPOINT BATCH_SIZE PRECISION DEVICE"
 
 
-def choose_subjects(names, predictor):
+def choose_subjects(predictor):
     """SUBJECT -> {name: index, None for the group}."""
-    names = [*predictor.subjects, "group"] if names == "all" else [name.strip() for name in names.split(",")]
+    names = [*predictor.subjects, "group"] if SUBJECT == "all" else [name.strip() for name in SUBJECT.split(",")]
     return {name: predictor.index(name) for name in names}
 
 
@@ -88,8 +84,8 @@ def save_activity(folder, predictor, latents, subject):
     for hemi in HEMIS:
         shape = len(latents[0]), len(space.columns(subject, hemi))
         arrays[hemi] = np.lib.format.open_memmap(folder / f"activity_{hemi}.npy", "w+", "<f4", shape)
-    for start in range(0, len(latents[0]), BATCH_SIZE):
-        batch = slice(start, start + BATCH_SIZE)
+    for start in range(0, len(latents[0]), predictor.batch_size):
+        batch = slice(start, start + predictor.batch_size)
         activity = predictor.decode([h[batch] for h in latents], subject).numpy()
         for hemi in HEMIS:
             arrays[hemi][batch] = activity[:, space.columns(subject, hemi)]
@@ -110,8 +106,8 @@ def draw_activity(folder, flat, pictures, names, activity, subject):
 
 def main():
     paths, failures = find_pictures(IMAGES, OUTPUT_DIR), []
-    predictor = load_encoder(choose_checkpoints(CHECKPOINT, RUN_DIR), DEVICE, PRECISION, BATCH_SIZE)
-    subjects = choose_subjects(SUBJECT, predictor)
+    predictor = predict.load_chosen()
+    subjects = choose_subjects(predictor)
     flat = FlatMap(predictor.space, FSAVERAGE_DIR) if len(paths) <= MAPS else None
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
         pictures, latents = predict_files(predictor, paths, failures)

@@ -29,7 +29,6 @@ from core.settings import check_same, constants, run
 from model import Trunk, UserError
 from tools.compare_trunks import load_inputs
 
-DATA_DIR: str = "data"  # prepared data and PCA
 RUN_DIR: str = "runs/search"  # the study, its table, figures and best head
 TRIALS: int = 48  # in the study, including those of earlier runs and other processes (report: roughly 50)
 HEADS: int = 8  # trials at a time, which share pictures, crops and trunk
@@ -41,18 +40,12 @@ LATENT_DIM_RANGE: tuple[int, ...] = (256, 2048)
 PCA_DIM_RANGE: tuple[int, ...] = (256, 2048)  # components used, at most as many as fit_pca.py computed
 LAYERS_CHOICES: str = "0,2,4,6,8,10; 4,6,8,10; 2,5,8"  # separated by semicolons
 
-TRUNK: str = train_head.TRUNK  # timm name
-PRETRAINED: bool = True  # false: random weights, for tests
-IMAGE_SIZE: int = train_head.IMAGE_SIZE  # px, input of the trunk
-BATCH_SIZE: int = train_head.BATCH_SIZE  # samples per optimiser step, shared by the heads of a round
-MICRO_BATCH: int = 0  # samples at a time; 0: the whole batch
-CROP_SCALE: float = train_head.CROP_SCALE  # not searched: the heads of a round share their crops
 STEPS: int = 1250  # per trial, a twentieth of them warm-up: the report's short schedule (Table 4)
-VALIDATE_EVERY: int = 0  # steps; 0: once per epoch
-SEED: int = 0  # of the samplers, initialisation, order, crops and dropout
-PRECISION: str = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
-DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
 OVERWRITE: bool = False  # start a new study and delete the one in RUN_DIR
+SHARED = train_head, """DATA_DIR TRUNK PRETRAINED IMAGE_SIZE CROP_SCALE BATCH_SIZE MICRO_BATCH VALIDATE_EVERY SEED
+    PRECISION DEVICE"""  # fmt: skip
+
+USUAL = constants(vars(train_head))  # as the file has them
 
 
 def distributions(n_components):
@@ -77,10 +70,9 @@ def usual_constants(space):
 
 def trial_settings(params, run_dir):
     """All constants of a trial, so that train_head.py with them trains the same head."""
-    shared = {name: value for name, value in constants(globals()).items() if hasattr(train_head, name)}
-    settings = constants(vars(train_head)) | shared | params
+    settings = constants(vars(train_head)) | params
     decay = train_head.MIN_LEARNING_RATE / train_head.LEARNING_RATE  # a twentieth in the report
-    schedule = {"WARMUP_STEPS": STEPS // 20, "MIN_LEARNING_RATE": decay * settings["LEARNING_RATE"]}
+    schedule = {"STEPS": STEPS, "WARMUP_STEPS": STEPS // 20, "MIN_LEARNING_RATE": decay * settings["LEARNING_RATE"]}
     return settings | schedule | {"RUN_DIR": str(run_dir)}
 
 
@@ -136,7 +128,7 @@ def new_round(study, folder, space):
                 study.enqueue_trial(usual_constants(space))
             round_dir = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="round-", dir=folder)))
             held.enter_context(lock(round_dir))
-            seed = np.random.default_rng([SEED, 4, len(trials)]).integers(2**31)
+            seed = np.random.default_rng([train_head.SEED, 4, len(trials)]).integers(2**31)
             study.sampler = optuna.samplers.GPSampler(seed=int(seed), n_startup_trials=8)  # eight are random
             drawn = []
             for _ in range(min(HEADS, TRIALS - n_counted)):
@@ -197,9 +189,8 @@ def write_results(study, folder):
 
 def winner_command(params, folder):
     """The command line that trains the winner with train_head.py's schedule."""
-    usual = constants(vars(train_head))
-    settings = trial_settings(params, f"{folder}_full") | {name: usual[name] for name in ("STEPS", "WARMUP_STEPS")}
-    options = [f"--{name.lower()}={value}" for name, value in settings.items() if value != usual[name]]
+    settings = trial_settings(params, f"{folder}_full") | {name: USUAL[name] for name in ("STEPS", "WARMUP_STEPS")}
+    options = [f"--{name.lower()}={value}" for name, value in settings.items() if value != USUAL[name]]
     return shlex.join(["python", "train_head.py", *options])
 
 
@@ -209,7 +200,8 @@ def main():
     data, pca, device, precision, inputs = load_inputs(globals(), {*training.FREE, "TRIALS", "HEADS"})
     space = distributions(pca.components.shape[1])
     training.check_settings(trial_settings({"FEATURE_DROPOUT": FEATURE_DROPOUT_RANGE[1]}, RUN_DIR))
-    trunk = Trunk(TRUNK, ",".join(space["LAYERS"].choices), image_size=IMAGE_SIZE, pretrained=PRETRAINED, seed=SEED)
+    s, layers = train_head, ",".join(space["LAYERS"].choices)
+    trunk = Trunk(s.TRUNK, layers, s.IMAGE_SIZE, s.PRETRAINED, s.SEED)
     folder = Path(RUN_DIR)
     folder.mkdir(parents=True, exist_ok=True)
     with study_lock(folder):
@@ -218,11 +210,10 @@ def main():
         with new_round(study, folder, space) as (round_dir, trials):
             if not trials:
                 break
-            settings = [trial_settings(trial.params, round_dir / "heads") for trial in trials]
-            learners = [
-                train_head.new_learner(trunk, s, f"trial-{trial.number:04d}.pt", data, pca, device, precision)
-                for s, trial in zip(settings, trials)
-            ]
+            settings, learners = [trial_settings(trial.params, round_dir / "heads") for trial in trials], []
+            for own, trial in zip(settings, trials):
+                options = own, f"trial-{trial.number:04d}.pt", data, pca, device, precision
+                learners.append(train_head.new_learner(trunk, *options))
             Round("search", learners, data, pca, settings[0]).run()
             record_round(study, folder, trials, learners, data)
         print(f"finished trials {trials[0].number} to {trials[-1].number}, best so far {best_score(study):.4f}")
