@@ -16,7 +16,7 @@ import torch
 
 import prepare_data
 from core.files import fingerprint, load_torch, lock, save_torch
-from core.settings import check_same, choose_device, progress, run, versions
+from core.settings import choose_device, is_finished, progress, run, versions
 from model import UserError
 
 DATA_DIR: str = "data"  # prepared data; pca.pt is written there too
@@ -26,7 +26,7 @@ SEED: int = 0  # of its starting block
 DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N; a GPU needs 16 GB at full size
 OVERWRITE: bool = False  # fit again even if pca.pt exists
 
-FORMAT = "pca-3"
+FORMAT = "pca-4"
 CHUNK = 1024  # samples
 
 
@@ -75,19 +75,16 @@ def squared_norm(y):
 def load(folder, data):
     """DATA_DIR/pca.pt -> PCA; UserError if it was fitted to other data."""
     content = load_torch(Path(folder) / "pca.pt", FORMAT, "fit_pca.py")
-    if content["data_fingerprint"] != data.fingerprint:
+    if content["made_with"]["data"] != data.fingerprint:
         raise UserError(f"{folder}/pca.pt was fitted to other data: run fit_pca.py --overwrite true.")
     return PCA(**{field.name: content[field.name] for field in dataclasses.fields(PCA)})
 
 
 def main():
-    made_with = {"PCA_DIM": PCA_DIM, "PASSES": PASSES, "SEED": SEED}
     device, data = choose_device(DEVICE), prepare_data.load(DATA_DIR)
+    made_with = {"PCA_DIM": PCA_DIM, "PASSES": PASSES, "SEED": SEED, "data": data.fingerprint}
     path, rows = Path(DATA_DIR) / "pca.pt", data.samples("train")
-    if path.exists() and not OVERWRITE:
-        before, now = load_torch(path, FORMAT, "fit_pca.py"), made_with | {"data": data.fingerprint}
-        check_same(path, before["made_with"] | {"data": before["data_fingerprint"]}, now)
-        print(f"{path} is already fitted; --overwrite true fits it again")
+    if is_finished(path, FORMAT, made_with, OVERWRITE):
         return
     if not 1 <= PCA_DIM <= min(len(rows), data.space.n_vertices):
         raise UserError(f"PCA_DIM is {PCA_DIM}, but there are {len(rows)} samples of {data.space.n_vertices} vertices.")
@@ -101,8 +98,7 @@ def main():
         latents, residual = project(data, components, mean)
         variance = latents[rows].double().var(0)
         content = {
-            "made_with": made_with, "versions": versions(), "data_fingerprint": data.fingerprint,
-            "components": components.cpu(), "mean": mean.cpu(), "latents": latents, "residual": residual,
+            "made_with": made_with, "versions": versions(), "components": components.cpu(), "mean": mean.cpu(), "latents": latents, "residual": residual,
             "explained_variance": variance, "total_variance": total_variance,
             "fingerprint": fingerprint(components, mean),
         }  # fmt: skip

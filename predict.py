@@ -19,7 +19,7 @@ from core.space import HEMIS, N_FSAVERAGE
 from model import PICTURE_SIZE, UserError, trunk_outputs
 
 DATA_DIR: str = "data"  # prepared data
-RUN_DIR: str = "runs/base"  # input
+RUN_DIR: str = "runs/base"  # input, with finetuned.pt or head.pt
 CHECKPOINT: str = ""  # files separated by commas, averaged; empty: finetuned.pt in RUN_DIR, else head.pt
 SUBMISSION_DIR: str = "runs/base/submission"  # output
 BATCH_SIZE: int = 64  # pictures at a time
@@ -79,8 +79,8 @@ class Predictor:
 
     def latents(self, images, update=None):
         """images (n, 256, 256, 3) uint8 -> per encoder h (n, latent_dim)."""
-        options = (self.batch_size, self.precision, update)
-        return [trunk_outputs(encoder.trunk, images, [encoder.latents], *options)[0] for encoder in self.encoders]
+        options = self.batch_size, self.precision, update
+        return [trunk_outputs(e.trunk, images, [e.latents], *options)[0] for e in self.encoders]
 
     @torch.inference_mode()
     def decode(self, latents, subject):
@@ -120,8 +120,7 @@ def load_chosen():
 
 
 def main():
-    data = prepare_data.load(DATA_DIR)
-    predictor = load_chosen()
+    data, predictor = prepare_data.load(DATA_DIR), load_chosen()
     if any(info["made_with"].get("data_fingerprint") != data.fingerprint for info in predictor.info):
         raise UserError(f"{predictor} was not trained on {DATA_DIR}.")
     if not len(data.test_image):

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from core.files import fingerprint, load_torch, lock, save_torch
-from core.settings import check_same, progress, run, versions
+from core.settings import is_finished, progress, run, versions
 from core.space import HEMIS, N_FSAVERAGE, ROI_GROUPS, Space
 from model import PICTURE_SIZE, UserError
 
@@ -220,12 +220,6 @@ def split_shared(seen, seed):
     return split
 
 
-def split_by_picture(seen):
-    if SPLITS not in ("pictures", "shared"):
-        raise UserError(f"SPLITS is {SPLITS}, expected pictures, shared or, for the challenge folder, authors.")
-    return (split_pictures if SPLITS == "pictures" else split_shared)(seen, SEED)
-
-
 def split_as_authors(name, n):
     """The authors' split of a subject's n training pictures, by row -> index into SPLIT_NAMES (n,).
 
@@ -353,36 +347,29 @@ def load(folder):
     )  # fmt: skip
 
 
-def assign_splits(subjects, training_ids):
-    """Split (n_samples,) of every sample, subject by subject."""
-    seen = np.stack([np.isin(training_ids, s.nsd_ids) for s in subjects], axis=1)
+def assign_splits(names, subject, image):
+    """Split (n_samples,) of every sample. names: of the subjects; subject, image (n_samples,): indices from 0, subject by
+    subject. Raises UserError for a subject without training or validation pictures."""
+    seen = np.zeros((image.max() + 1, len(names)), bool)
+    seen[image, subject] = True
     if SPLITS == "authors":
-        splits = [split_as_authors(s.name, len(s.pictures)) for s in subjects]
+        split = np.concatenate([split_as_authors(name, n) for name, n in zip(names, seen.sum(0))])
+    elif SPLITS in ("pictures", "shared"):
+        split = (split_pictures if SPLITS == "pictures" else split_shared)(seen, SEED)[image]
     else:
-        by_picture = split_by_picture(seen)
-        splits = [by_picture[np.searchsorted(training_ids, s.nsd_ids)] for s in subjects]
-    print(f"{'subject':10} {'train':>7} {'val':>7} {'test':>7} {'vertices':>9}")
-    for s, split in zip(subjects, splits):
-        counts, n_vertices = np.bincount(split, minlength=3), sum(len(s.vertices[hemi]) for hemi in HEMIS)
-        print(f"{s.name:10} {counts[0]:7} {counts[1]:7} {counts[2]:7} {n_vertices:9}")
-        if not counts[0] or not counts[1]:
-            raise UserError(f"{s.name} has {len(s.pictures)} training pictures, too few for training and validation.")
-    return np.concatenate(splits)
-
-
-def is_prepared(made_with):
-    """Whether DATA_DIR is complete. Raises UserError if it was made with other settings."""
-    path = Path(DATA_DIR) / "prepared.pt"
-    if OVERWRITE or not path.exists():
-        return False
-    check_same(DATA_DIR, load_torch(path, FORMAT, "prepare_data.py")["made_with"], made_with)
-    print(f"{DATA_DIR} is already prepared; --overwrite true prepares it again")
-    return True
+        raise UserError(f"SPLITS is {SPLITS}, expected pictures, shared or authors.")
+    print(f"{'subject':10} {'train':>7} {'val':>7} {'test':>7}")
+    for s, name in enumerate(names):
+        counts = np.bincount(split[subject == s], minlength=3)
+        print(f"{name:10} {counts[0]:7} {counts[1]:7} {counts[2]:7}")
+        if not counts[:2].all():
+            raise UserError(f"{name} has {counts.sum()} training pictures, too few for training and validation.")
+    return split
 
 
 def main():
     made_with = {"SUBJECTS": SUBJECTS, "SPLITS": SPLITS, "SEED": SEED}
-    if is_prepared(made_with):
+    if is_finished(Path(DATA_DIR) / "prepared.pt", FORMAT, made_with, OVERWRITE):
         return
     subjects = read_folder(CHALLENGE_DIR, SUBJECTS)
     for s in progress(subjects, desc="checking activity"):
@@ -395,13 +382,13 @@ def main():
     order = np.argsort(nsd_ids)
     paths = [path for s in subjects for path in s.pictures] + [path for s in subjects for path in s.test_pictures]
     path_of_id = dict(zip([*ids, *test_ids], paths))
+    subject = np.repeat(np.arange(len(subjects)), [len(s.pictures) for s in subjects])
+    image = np.searchsorted(training_ids, ids)
     samples = {
-        "subject": np.repeat(np.arange(len(subjects)), [len(s.pictures) for s in subjects]),
-        "image": np.searchsorted(training_ids, ids),
-        "split": assign_splits(subjects, training_ids),
+        "subject": subject, "image": image, "split": assign_splits(space.subjects, subject, image),
         "test_subject": np.repeat(np.arange(len(subjects)), [len(s.test_pictures) for s in subjects]),
         "test_image": order[np.searchsorted(nsd_ids, test_ids, sorter=order)],
-    }
+    }  # fmt: skip
     write_prepared(
         DATA_DIR, space=space, samples=samples, nsd_ids=nsd_ids, n_training_images=len(training_ids),
         activity=activity_blocks(subjects, space), images=decode_pictures([path_of_id[i] for i in nsd_ids]),

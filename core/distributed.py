@@ -50,15 +50,11 @@ def gather_rows(x):
 
 
 def average_gradients(parameters):
-    """Mean of the gradients over all processes, in one all-reduce."""
-    if world_size() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient))
+    """Mean of the gradients over all processes."""
+    for p in parameters:
+        if world_size() > 1 and p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= world_size()
 
 
 def gather_objects(item):

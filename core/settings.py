@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from core import distributed
+from core.files import load_torch
 from model import UserError
 
 
@@ -58,15 +59,15 @@ def override(namespace, arguments):
     parser = argparse.ArgumentParser(description=namespace["__doc__"], formatter_class=layout, allow_abbrev=False)
     for name, owner in owners(namespace).items():
         kind, value, source = owner["__annotations__"][name], owner[name], Path(owner["__file__"]).read_text("utf-8")
-        default = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        default = default.lower() if kind is bool else default
+        default = (
+            ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if kind is bool else value
+        )
         comment = re.search(rf"^{name}:[^#\n]*#? ?(.*)$", source, re.M)[1]
         help_text = f"{comment} (default: {default})".replace("%", "%%")
         number = {"nargs": "?", "const": "true"} if kind is bool else {}
         number = {"nargs": "+"} if name.startswith("IMAGES") else number  # a shell expands *.jpg
-        options = {f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}
         number |= {"dest": name, "metavar": "VALUE", "type": converter(kind), "help": help_text}
-        parser.add_argument(*sorted(options), **number)
+        parser.add_argument(f"--{name.lower()}", **number)
 
     def refuse(message):
         raise UserError(message)
@@ -87,6 +88,15 @@ def check_same(path, before, now):
     if names:
         listed = "; ".join(f"{name}: {before.get(name)} before, {now.get(name)} now" for name in names)
         raise UserError(f"{path} was made with different settings ({listed}): use another folder or --overwrite true.")
+
+
+def is_finished(path, format, made_with, overwrite):
+    """Whether a file of save_torch() holds the result for these settings. Raises UserError if it was made with others."""
+    if overwrite or not path.exists():
+        return False
+    check_same(path, load_torch(path, format, "this script with --overwrite true")["made_with"], made_with)
+    print(f"{path} is finished already; --overwrite true makes it again")
+    return True
 
 
 def run(main, namespace, many=False):

@@ -240,10 +240,8 @@ def validate(encoders, data, images, split, batch_size, precision):
     pictures = np.unique(data.image[np.concatenate(rows)])
     device = encoders[0].head.embed_bias.device
     local = np.array_split(pictures, distributed.world_size())[distributed.rank()]
-    latents = [torch.zeros(0, e.head.shared.shape[1]) for e in encoders]
-    if len(local):
-        functions = [encoder.eval().latents for encoder in encoders]
-        latents = trunk_outputs(encoders[0].trunk, images[local], functions, batch_size, precision)
+    functions = [encoder.eval().latents for encoder in encoders]
+    latents = trunk_outputs(encoders[0].trunk, images[local], functions, batch_size, precision)
     latents = [torch.cat(parts).to(device) for parts in zip(*distributed.gather_objects([h.cpu() for h in latents]))]
     losses, r2 = [0.0] * len(encoders), [[] for _ in encoders]
     for s, r in enumerate(rows):

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 import prepare_data
-from core.settings import progress, run
+from core.settings import constants, is_finished, progress, run
 from core.space import Space
 from model import UserError
 
@@ -116,13 +116,9 @@ def prepare(made_with):
     first = used.drop_duplicates("nsd_id").nsd_id  # first trial of each picture, training pictures first
     image = pd.Index(first).get_indexer(nsd_id)
     training_ids, training_row = np.unique(nsd_id[~test], return_inverse=True)
-    seen = np.zeros((len(training_ids), len(names)), bool)
-    seen[training_row, subject[~test]] = True
-    split = prepare_data.split_by_picture(seen)
-    if not all(seen[split == i].any(0).all() for i in (0, 1)):
-        raise UserError(f"{FLAT_DIR} has a subject with too few pictures for training and validation.")
     samples = {
-        "subject": subject[~test], "image": image[~test], "split": split[training_row],
+        "subject": subject[~test], "image": image[~test],
+        "split": prepare_data.assign_splits(names, subject[~test], training_row),
         "test_subject": subject[test], "test_image": image[test],
     }  # fmt: skip
     sums, inside = sum_maps(files, used.index.to_numpy(), groups.ngroup().to_numpy(), subject)
@@ -145,9 +141,12 @@ def prepare(made_with):
 
 
 def main():
-    made_with = {name: getattr(prepare_data, name) for name in ("SUBJECTS", "SPLITS", "SEED")}
-    made_with["SOURCE"] = "NSD-Flat"
-    if not prepare_data.is_prepared(made_with):
+    settings = constants(globals())
+    if settings["SPLITS"] == "authors":
+        raise UserError("SPLITS is authors, which only the challenge folder has: expected pictures or shared.")
+    made_with = {name: settings[name] for name in ("SUBJECTS", "SPLITS", "SEED")} | {"SOURCE": "NSD-Flat"}
+    path = Path(settings["DATA_DIR"]) / "prepared.pt"
+    if not is_finished(path, prepare_data.FORMAT, made_with, settings["OVERWRITE"]):
         prepare(made_with)
 
 
