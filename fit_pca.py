@@ -98,9 +98,9 @@ def main():
         latents, residual = project(data, components, mean)
         variance = latents[rows].double().var(0)
         content = {
-            "made_with": made_with, "versions": versions(), "components": components.cpu(), "mean": mean.cpu(), "latents": latents, "residual": residual,
+            "made_with": made_with, "versions": versions(), "fingerprint": fingerprint(components, mean),
+            "components": components.cpu(), "mean": mean.cpu(), "latents": latents, "residual": residual,
             "explained_variance": variance, "total_variance": total_variance,
-            "fingerprint": fingerprint(components, mean),
         }  # fmt: skip
         save_torch(path, content, FORMAT)
     print(f"wrote {path}: {PCA_DIM} components of {len(rows)} samples explain {variance.sum() / total_variance:.1%}")

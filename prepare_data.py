@@ -348,7 +348,7 @@ def load(folder):
 
 
 def assign_splits(names, subject, image):
-    """Split (n_samples,) of every sample. names: of the subjects; subject, image (n_samples,): indices from 0, subject by
+    """Split (n_samples,) of every sample. names: of the subjects; subject, image (n_samples,): indices, subject by
     subject. Raises UserError for a subject without training or validation pictures."""
     seen = np.zeros((image.max() + 1, len(names)), bool)
     seen[image, subject] = True

@@ -46,6 +46,12 @@ COMPILE: bool = False  # true: torch.compile the trunk
 OVERWRITE: bool = False  # start over even if RUN_DIR contains results
 
 
+def load_inputs():
+    """-> prepared data, PCA, device and precision, by the constants above."""
+    device, data = choose_device(DEVICE), prepare_data.load(DATA_DIR)
+    return data, fit_pca.load(DATA_DIR, data), device, choose_precision(PRECISION, device)
+
+
 def new_learner(trunk, settings, name, data, pca, device, precision):
     """A new head on this trunk, ready to train. settings: this script's constants; name: of the checkpoint."""
     s, n_components = SimpleNamespace(**settings), pca.components.shape[1]
@@ -67,10 +73,7 @@ def new_learner(trunk, settings, name, data, pca, device, precision):
 def main():
     settings = constants(globals())
     training.check_settings(settings)
-    device = choose_device(DEVICE)
-    precision = choose_precision(PRECISION, device)
-    data = prepare_data.load(DATA_DIR)
-    pca = fit_pca.load(DATA_DIR, data)
+    data, pca, device, precision = load_inputs()
     trunk = Trunk(TRUNK, LAYERS, IMAGE_SIZE, PRETRAINED, SEED)
     learner = new_learner(trunk, settings, Path("head.pt"), data, pca, device, precision)
     training.Run("train_head", [learner], data, pca, settings).run()

@@ -59,9 +59,8 @@ def override(namespace, arguments):
     parser = argparse.ArgumentParser(description=namespace["__doc__"], formatter_class=layout, allow_abbrev=False)
     for name, owner in owners(namespace).items():
         kind, value, source = owner["__annotations__"][name], owner[name], Path(owner["__file__"]).read_text("utf-8")
-        default = (
-            ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if kind is bool else value
-        )
+        default = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        default = default.lower() if kind is bool else default
         comment = re.search(rf"^{name}:[^#\n]*#? ?(.*)$", source, re.M)[1]
         help_text = f"{comment} (default: {default})".replace("%", "%%")
         number = {"nargs": "?", "const": "true"} if kind is bool else {}
@@ -91,7 +90,7 @@ def check_same(path, before, now):
 
 
 def is_finished(path, format, made_with, overwrite):
-    """Whether a file of save_torch() holds the result for these settings. Raises UserError if it was made with others."""
+    """Whether a file of save_torch() holds the result for these settings; UserError if it was made with others."""
     if overwrite or not path.exists():
         return False
     check_same(path, load_torch(path, format, "this script with --overwrite true")["made_with"], made_with)

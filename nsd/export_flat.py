@@ -35,7 +35,7 @@ from nsd.prepare_flat import MAP_CORNER, MAP_SHAPE, OUTSIDE, Z_LIMIT
 COCO_DIR: str = "annotations"  # annotations_trainval2017.zip: {instances,captions}_{train,val}2017.json
 SURFACE_DIR: str = "pycortex"  # pycortex's flat fsaverage: flat_{lh,rh}.gii (163,842 places each, x and y in mm)
 FLAT_DIR: str = prepare_flat.FLAT_DIR  # output: data/{train,test}-...-of-....parquet
-SHARED = prepare_nsd, "NSD_DIR RSC_DIR SUBJECTS N_SESSIONS TRIALS_PER_SESSION"
+SHARED = prepare_nsd, "NSD_DIR RSC_DIR SUBJECTS N_SESSIONS TRIALS_PER_SESSION"  # set there
 
 SIGMA = 1 / 2.35482  # mm, of a Gaussian with FWHM 1 mm
 ROWS_PER_GROUP, ROWS_PER_SHARD = 100, 3612  # as published: 54 shards of 195,000 trials
@@ -135,9 +135,9 @@ def record(name, weights, infos, annotations, trial, nsd_id, picture, activity):
     small = Image.fromarray(picture).resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
     return {
         "subject_id": prepare_nsd.EVERYBODY.index(name), "trial_id": trial,
-        "session_id": trial // prepare_nsd.TRIALS_PER_SESSION, "nsd_id": nsd_id, "image": png(np.asarray(small)), "activity": png(draw_map(activity, weights)),
-        "subject": name, **{flag: bool(info[flag]) for flag in FLAGS}, "coco_split": info["cocoSplit"],
-        "coco_id": info["cocoId"], "objects": objects, "captions": captions,
+        "session_id": trial // prepare_nsd.TRIALS_PER_SESSION, "nsd_id": nsd_id, "image": png(np.asarray(small)),
+        "activity": png(draw_map(activity, weights)), "subject": name, **{flag: bool(info[flag]) for flag in FLAGS},
+        "coco_split": info["cocoSplit"], "coco_id": info["cocoId"], "objects": objects, "captions": captions,
         "repetitions": {column: info[column] for column in REPETITIONS},
     }  # fmt: skip
 

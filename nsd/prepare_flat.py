@@ -32,7 +32,7 @@ from core.space import Space
 from model import UserError
 
 FLAT_DIR: str = "nsd_flat"  # folder with {train,test}-...-of-....parquet in it or below
-SHARED = prepare_data, "DATA_DIR SUBJECTS SPLITS SEED OVERWRITE"
+SHARED = prepare_data, "DATA_DIR SUBJECTS SPLITS SEED OVERWRITE"  # set there
 
 MAP_CORNER, MAP_SHAPE = (-100, 95), (215, 200)  # mm, upper left; rows and columns
 Z_LIMIT = 2.5  # activity is stored from -Z_LIMIT to Z_LIMIT

@@ -28,7 +28,7 @@ OUTPUT_DIR: str = "synthetic"  # output: subj01 ... with test_split and roi_mask
 SUBJECTS: str = ""  # such as subj01,subj05; empty: all in CHALLENGE_DIR
 TRIALS_PER_SESSION: int = 744  # fewer only in miniature data
 OVERWRITE: bool = False  # prepare subjects again that are in OUTPUT_DIR already
-SHARED = prepare_nsd, "NSD_DIR"
+SHARED = prepare_nsd, "NSD_DIR"  # set there
 
 N_SHARED, N_OWN = 220, 64  # pictures of all subjects, of one alone
 FIRST_ID = 73000  # ids below are NSD's own

@@ -39,7 +39,7 @@ OUTPUT_DIR: str = ""  # empty: runs/NAME
 N_DRAWS: int = 5  # of the curve's pictures at random, at sizes up to half of all
 SEED: int = 0  # of these draws and of the folds of cross-validation
 OVERWRITE: bool = False  # replace OUTPUT_DIR
-SHARED = predict, "RUN_DIR CHECKPOINT BATCH_SIZE PRECISION DEVICE"
+SHARED = predict, "RUN_DIR CHECKPOINT BATCH_SIZE PRECISION DEVICE"  # set there
 
 SIZES = (10, 30, 100, 300, 1000, 3000, 10000)  # pictures, of the curve
 PENALTIES = [10 ** (k / 2) for k in range(-4, 13)] + [float("inf")]  # a, in mean |h - h_mean|²; infinity: B = 0

@@ -15,14 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-import fit_pca
-import prepare_data
 import train_head
 from core import training
 from core.checkpoint import read_checkpoint
 from core.files import atomic_write, lock
 from core.scores import median, r2_score
-from core.settings import check_same, choose_device, choose_precision, constants, run
+from core.settings import check_same, constants, run
 from model import Trunk, UserError, trunk_outputs
 from tools import ridge
 from tools.vertices import draw_pictures, interval, resampled_scores, roi_masks
@@ -154,15 +152,11 @@ def has_report_settings(data, pca):
     return all(settings[name] == value for name, value in TABLE_4_SETTINGS.items())
 
 
-def load_inputs(namespace, not_compared):
-    """Prepared data, PCA, device and precision of a script, and a dict of what its results rest on."""
-    data = prepare_data.load(train_head.DATA_DIR)
-    pca = fit_pca.load(train_head.DATA_DIR, data)
-    device = choose_device(train_head.DEVICE)
-    precision = choose_precision(train_head.PRECISION, device)
-    inputs = {name: value for name, value in constants(namespace).items() if name not in not_compared}
+def record_inputs(settings, data, pca, precision):
+    """What results rest on, to compare with an earlier run's: settings {name: value}, data, PCA and precision."""
+    inputs = {name: value for name, value in settings.items() if name not in training.FREE}
     inputs |= {"precision": str(precision), "data": data.fingerprint, "pca": pca.fingerprint}
-    return data, pca, device, precision, json.loads(json.dumps(inputs))
+    return json.loads(json.dumps(inputs))
 
 
 def main():
@@ -170,7 +164,8 @@ def main():
     for name in TRUNKS:  # refuse unknown names and layers before the first trunk trains
         with torch.device("meta"):
             Trunk(name, train_head.LAYERS, train_head.IMAGE_SIZE, pretrained=False)
-    data, pca, device, precision, inputs = load_inputs(globals(), {*training.FREE, "TRUNKS"})
+    data, pca, device, precision = train_head.load_inputs()
+    inputs = record_inputs(constants(globals()) | {"TRUNKS": ""}, data, pca, precision)
     folder, with_report, results, failures = Path(RUN_DIR), has_report_settings(data, pca), {}, []
     with lock(folder):
         for path in sorted(folder.glob("*/scores.json")):

@@ -24,7 +24,7 @@ IMAGES_A: str = ""  # files, folders and globs, separated by commas
 IMAGES_B: str = ""  # the same of the condition that is subtracted
 OUTPUT_DIR: str = "contrast"  # output
 OVERWRITE: bool = False  # replace a contrast that exists
-SHARED = predict_pictures, "RUN_DIR CHECKPOINT SUBJECT OUTLINES FSAVERAGE_DIR BATCH_SIZE PRECISION DEVICE"
+SHARED = predict_pictures, "RUN_DIR CHECKPOINT SUBJECT OUTLINES FSAVERAGE_DIR BATCH_SIZE PRECISION DEVICE"  # set there
 
 LABELS = {"difference": "difference of predicted activity (z)", "t": "t over pictures"}  # of the maps that are drawn
 

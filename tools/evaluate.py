@@ -37,7 +37,7 @@ FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: f
 RESAMPLES: int = 500  # of the pictures, for 95 % intervals; 0: none
 SEED: int = 0  # of the resamples and of the clustering in figure 2a
 OVERWRITE: bool = False  # replace an evaluation that exists
-SHARED = predict, "DATA_DIR RUN_DIR CHECKPOINT BATCH_SIZE PRECISION DEVICE"
+SHARED = predict, "DATA_DIR RUN_DIR CHECKPOINT BATCH_SIZE PRECISION DEVICE"  # set there
 
 FEWEST_PICTURES = 10  # of a subject; with fewer there is no interval
 N_EXAMPLES = 6  # of figure 4b

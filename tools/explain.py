@@ -35,7 +35,7 @@ OUTLINES: str = "prf-visualrois"  # ROI group outlined on maps; empty: none
 FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
 BATCH_SIZE: int = 16  # pictures at a time
 OVERWRITE: bool = False  # replace explanations that exist
-SHARED = predict, "DATA_DIR RUN_DIR CHECKPOINT PRECISION DEVICE"
+SHARED = predict, "DATA_DIR RUN_DIR CHECKPOINT PRECISION DEVICE"  # set there
 
 
 def choose_references(data, name):

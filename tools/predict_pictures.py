@@ -23,7 +23,7 @@ MAPS: int = 20  # draw maps and write GIFTI files for up to so many pictures; 0:
 OUTLINES: str = "streams"  # ROI group outlined on maps; empty: none
 FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
 OVERWRITE: bool = False  # replace predictions that exist
-SHARED = predict, "RUN_DIR CHECKPOINT BATCH_SIZE PRECISION DEVICE"
+SHARED = predict, "RUN_DIR CHECKPOINT BATCH_SIZE PRECISION DEVICE"  # set there
 
 
 def choose_subjects(predictor):

@@ -27,7 +27,7 @@ from core import training
 from core.files import atomic_write, lock
 from core.settings import check_same, constants, run
 from model import Trunk, UserError
-from tools.compare_trunks import load_inputs
+from tools.compare_trunks import record_inputs
 
 RUN_DIR: str = "runs/search"  # the study, its table, figures and best head
 TRIALS: int = 48  # in the study, including those of earlier runs and other processes (report: roughly 50)
@@ -197,7 +197,8 @@ def winner_command(params, folder):
 def main():
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # otherwise a line per trial
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    data, pca, device, precision, inputs = load_inputs(globals(), {*training.FREE, "TRIALS", "HEADS"})
+    data, pca, device, precision = train_head.load_inputs()
+    inputs = record_inputs(constants(globals()) | {"TRIALS": "", "HEADS": ""}, data, pca, precision)
     space = distributions(pca.components.shape[1])
     training.check_settings(trial_settings({"FEATURE_DROPOUT": FEATURE_DROPOUT_RANGE[1]}, RUN_DIR))
     s, layers = train_head, ",".join(space["LAYERS"].choices)
