@@ -11,6 +11,8 @@ from core.checkpoint import load_checkpoint
 from core.settings import constants, run
 from model import UserError
 
+DATA_DIR: str = "data"  # prepared data and PCA
+RUN_DIR: str = "runs/base"  # input and output
 CHECKPOINT: str = ""  # to start from; empty: head.pt in RUN_DIR
 
 BATCH_SIZE: int = 192  # samples per optimiser step (report, Table 3)
@@ -26,19 +28,22 @@ CROP_SCALE: float = 0.8  # smallest area of the random square crop (report, Tabl
 TRAIN_EMBEDDING: bool = False  # true: train the PCA embedding too, with the loss over vertices (report: frozen)
 
 VALIDATE_EVERY: int = 0  # steps; 0: once per epoch
+SEED: int = 0  # of order, crops and dropout
+PRECISION: str = "auto"  # auto, bfloat16, float16 (with loss scaling) or float32
+DEVICE: str = "auto"  # auto, cpu, cuda or cuda:N
+COMPILE: bool = False  # true: torch.compile the trunk
 OVERWRITE: bool = False  # start over even if RUN_DIR contains results
-SHARED = train_head, "DATA_DIR RUN_DIR SEED PRECISION DEVICE COMPILE"  # set there
 
 
 def main():
     settings = constants(globals())
     training.check_settings(settings)
-    data, pca, device, precision = train_head.load_inputs()
-    path = Path(CHECKPOINT or Path(train_head.RUN_DIR) / "head.pt")
+    data, pca, device, precision = train_head.load_inputs(settings)
+    path = Path(CHECKPOINT or Path(RUN_DIR) / "head.pt")
     encoder, _, made = load_checkpoint(path)
     inputs = {"data_fingerprint": data.fingerprint, "pca_fingerprint": pca.fingerprint}
     if any(made["made_with"].get(name) != value for name, value in inputs.items()):
-        raise UserError(f"{path} was not trained on {train_head.DATA_DIR}: run train_head.py on it first.")
+        raise UserError(f"{path} was not trained on {DATA_DIR}: run train_head.py on it first.")
     if made["added"] or not made["finished"]:
         raise UserError(f"{path} comes from an unfinished run, or has subjects added by tools.adapt.")
     for name in encoder.trunk.attention_parameters():

@@ -46,10 +46,11 @@ COMPILE: bool = False  # true: torch.compile the trunk
 OVERWRITE: bool = False  # start over even if RUN_DIR contains results
 
 
-def load_inputs():
-    """-> prepared data, PCA, device and precision, by the constants above."""
-    device, data = choose_device(DEVICE), prepare_data.load(DATA_DIR)
-    return data, fit_pca.load(DATA_DIR, data), device, choose_precision(PRECISION, device)
+def load_inputs(settings):
+    """Prepared data, PCA, device and precision by a script's constants."""
+    folder, device = settings["DATA_DIR"], choose_device(settings["DEVICE"])
+    data = prepare_data.load(folder)
+    return data, fit_pca.load(folder, data), device, choose_precision(settings["PRECISION"], device)
 
 
 def new_learner(trunk, settings, name, data, pca, device, precision):
@@ -73,7 +74,7 @@ def new_learner(trunk, settings, name, data, pca, device, precision):
 def main():
     settings = constants(globals())
     training.check_settings(settings)
-    data, pca, device, precision = load_inputs()
+    data, pca, device, precision = load_inputs(settings)
     trunk = Trunk(TRUNK, LAYERS, IMAGE_SIZE, PRETRAINED, SEED)
     learner = new_learner(trunk, settings, Path("head.pt"), data, pca, device, precision)
     training.Run("train_head", [learner], data, pca, settings).run()

@@ -164,7 +164,7 @@ def main():
     for name in TRUNKS:  # refuse unknown names and layers before the first trunk trains
         with torch.device("meta"):
             Trunk(name, train_head.LAYERS, train_head.IMAGE_SIZE, pretrained=False)
-    data, pca, device, precision = train_head.load_inputs()
+    data, pca, device, precision = train_head.load_inputs(constants(globals()))
     inputs = record_inputs(constants(globals()) | {"TRUNKS": ""}, data, pca, precision)
     folder, with_report, results, failures = Path(RUN_DIR), has_report_settings(data, pca), {}, []
     with lock(folder):

@@ -197,7 +197,7 @@ def winner_command(params, folder):
 def main():
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # otherwise a line per trial
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    data, pca, device, precision = train_head.load_inputs()
+    data, pca, device, precision = train_head.load_inputs(constants(globals()))
     inputs = record_inputs(constants(globals()) | {"TRIALS": "", "HEADS": ""}, data, pca, precision)
     space = distributions(pca.components.shape[1])
     training.check_settings(trial_settings({"FEATURE_DROPOUT": FEATURE_DROPOUT_RANGE[1]}, RUN_DIR))
