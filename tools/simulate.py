@@ -24,7 +24,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import zscore
 from sklearn.datasets import load_sample_images
 
-from core.space import HEMIS, N_FSAVERAGE
+from core.space import HEMIS, N_FSAVERAGE, ROI_GROUPS
 
 N_TRAINING = (9841, 9841, 9082, 8779, 9841, 9082, 9841, 8779, 3280)  # pictures, challenge; subj09 is a new person
 N_TEST = (159, 159, 293, 395, 159, 293, 159, 395, 159)
@@ -35,30 +35,9 @@ N_CHANNELS = 8  # luminance, red-green, blue-yellow, contrast, edges of four ori
 JITTER = 3.0  # mm, by how much landmarks differ between subjects
 AREA_RADIUS = 9.0  # mm, of a body, face, place or word area
 
-# Landmarks on the white surface: mm away from the midline, forward and up.
-CALCARINE = ((17, -100, -1), (15, -92, 3), (14, -85, 6), (17, -78, 8), (21, -71, 6), (22, -65, 9))
-CENTRES = ((30, -88, 3), (32, -72, -12), (26, -84, 18))
-AROUND = ((44, -68, 4), (36, -56, -18), (24, -74, 34), (13, -80, 20))
+# mm away from the midline, forward and up on the white surface; 999: nowhere, BORDERS defines these areas
+LANDMARKS = pd.read_csv(Path(__file__).with_name("landmarks.csv"), index_col="group")
 BORDERS = (0, 9, 16, 23, 32, 60)  # mm from the calcarine sulcus: V1, V2, V3, hV4 and the rest lie between
-NOWHERE = (999, 999, 999)  # for areas that BORDERS defines
-AREAS = {  # {ROI group: {name: landmark}}; labels are 1, 2, … in this order; hardly anybody has mTL, aTL
-    "streams": {
-        "early": NOWHERE, "midventral": (28, -78, -13), "midlateral": (36, -86, 4), "midparietal": (22, -86, 24),
-        "ventral": (36, -54, -18), "lateral": (47, -68, 4), "parietal": (26, -72, 38),
-    },
-    "prf-visualrois": dict.fromkeys(("V1v", "V1d", "V2v", "V2d", "V3v", "V3d", "hV4"), NOWHERE),
-    "floc-bodies": {
-        "EBA": (47, -72, 2), "FBA-1": (42, -55, -19), "FBA-2": (41, -44, -20), "mTL-bodies": (50, -25, -22),
-    },
-    "floc-faces": {
-        "OFA": (40, -79, -11), "FFA-1": (40, -59, -18), "FFA-2": (40, -46, -20),
-        "mTL-faces": (48, -22, -24), "aTL-faces": (36, -8, -38),
-    },
-    "floc-places": {"OPA": (32, -81, 24), "PPA": (27, -50, -9), "RSC": (16, -58, 10)},
-    "floc-words": {
-        "OWFA": (36, -84, -9), "VWFA-1": (44, -62, -12), "VWFA-2": (45, -53, -16), "mfs-words": (42, -42, -20),
-    },
-}  # fmt: skip
 
 
 class Cortex:
@@ -75,21 +54,21 @@ class Cortex:
         self.white = surface["white_matter"].parts[half].coordinates * outward
         self.sphere = surface["sphere"].parts[half].coordinates * outward
         faces = surface["sphere"].parts[half].faces
-        inside = self.distance(self.find(CENTRES)) < 36
-        inside |= self.distance(self.find(CALCARINE + AROUND)) < 24
+        inside = self.distance(self.find("patch")) < 36
+        inside |= self.distance(self.find(["calcarine", "around"])) < 24
         edges = faces.ravel(), np.roll(faces, 1, axis=1).ravel()  # every edge in both directions
         links = sparse.csr_matrix((np.ones(faces.size, np.float32), edges)) + sparse.identity(len(inside), np.float32)
         links = links[inside][:, inside]
         self.blur = sparse.diags(1 / links.sum(axis=1).A1) @ links
         self.vertices, self.white, self.sphere = np.flatnonzero(inside), self.white[inside], self.sphere[inside]
-        sulcus = self.find(CALCARINE)
+        sulcus = self.find("calcarine")
         path = np.concatenate([np.linspace(a, b, 9) for a, b in pairwise(sulcus)])
         self.depth, nearest = cKDTree(path).query(self.sphere)
         self.from_pole, self.height = self.distance(sulcus[:1]), self.sphere[:, 2] - path[nearest, 2]
 
-    def find(self, landmarks):
-        """(n_landmarks, 3) places on the sphere."""
-        return self.sphere[cKDTree(self.white).query(landmarks)[1]]
+    def find(self, group):
+        """Places of a group of landmarks on the sphere (n_landmarks, 3)."""
+        return self.sphere[cKDTree(self.white).query(LANDMARKS.loc[group, ["x", "y", "z"]])[1]]
 
     def distance(self, places):
         """(n,) mm to the nearest of the places (n_places, 3) on the sphere."""
@@ -108,7 +87,7 @@ def label_areas(cortex, rng):
 
     def nearest(group, radius):
         """Number of the nearest area within radius mm, 0 where there is none."""
-        landmarks = np.array(list(AREAS[group].values()))
+        landmarks = LANDMARKS.loc[group, ["x", "y", "z"]].to_numpy()
         gap, vertex = cKDTree(cortex.white).query(landmarks + JITTER * rng.standard_normal(landmarks.shape))
         distances = cdist(cortex.sphere, cortex.sphere[vertex])  # (n, n_areas)
         distances[:, gap > AREA_RADIUS] = np.inf  # outside the patch
@@ -117,11 +96,12 @@ def label_areas(cortex, rng):
     depth = cortex.depth * (1 + 0.06 * rng.standard_normal()) + cortex.smooth(rng, 1, 20)[0]
     dorsal = cortex.height > 0
     band = np.searchsorted(BORDERS[1:5], depth)  # 0 V1, 1 V2, 2 V3, 3 hV4, 4 beyond
-    labels = {group: nearest(group, AREA_RADIUS) for group in AREAS}
+    labels = {group: nearest(group, AREA_RADIUS) for group in ROI_GROUPS}
     labels["streams"] = np.where(band < 3, 1, nearest("streams", 30.0))
     hv4 = (band == 3) & ~dorsal & (cortex.from_pole < 50)
     labels["prf-visualrois"] = np.where(band < 3, 2 * band + 1 + dorsal, 7 * hv4)
-    return {group: pd.Categorical.from_codes(codes, ["Unknown", *AREAS[group]]) for group, codes in labels.items()}
+    names = {group: ["Unknown", *LANDMARKS.area[group]] for group in ROI_GROUPS}
+    return {group: pd.Categorical.from_codes(codes, names[group]) for group, codes in labels.items()}
 
 
 def plant(cortex, subject, vertex_step, seed):
@@ -286,7 +266,7 @@ def write_hemisphere(folder, planted, activity):
         f"test_split/test_fmri/{hemi}_test_fmri": activity[1],
         f"test_split/noise_ceiling/{hemi}_noise_ceiling": planted.ceiling.to_numpy(np.float32),
     }
-    labels = {group: planted[group].cat.codes.to_numpy(np.int64) for group in AREAS}
+    labels = {group: planted[group].cat.codes.to_numpy(np.int64) for group in ROI_GROUPS}
     for group, values in labels.items():
         arrays[f"roi_masks/{hemi}.{group}_challenge_space"] = values
         arrays[f"roi_masks/mapping_{group}"] = np.array(dict(enumerate(planted[group].cat.categories)), dtype=object)
