@@ -129,17 +129,15 @@ def main():
     latents = predictor.latents(data.images[rows])
     with output_folder(SUBMISSION_DIR, OVERWRITE, marker="submission.zip") as folder:
         with zipfile.ZipFile(folder / "submission.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            for s, name in enumerate(predictor.subjects):
-                where = np.searchsorted(rows, data.test_image[data.test_subject == s])
-                if not len(where):
-                    continue
+            for s in np.unique(data.test_subject).tolist():
+                name, where = predictor.subjects[s], np.searchsorted(rows, data.test_image[data.test_subject == s])
                 activity = Activity(predictor.decode([h[where] for h in latents], s), data.space, s)
                 (folder / name).mkdir()
                 for hemi in HEMIS:
                     path = folder / name / f"{hemi}_pred_test.npy"
                     np.save(path, getattr(activity, hemi))
                     archive.write(path, f"{name}/{path.name}")
-    print(f"wrote {SUBMISSION_DIR}/submission.zip: {len(predictor.subjects)} subjects, {len(rows)} unique pictures")
+    print(f"wrote {SUBMISSION_DIR}/submission.zip: {len(rows)} unique pictures")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,6 @@ def output_folder(path, overwrite=False, marker=None):
 def lock(folder):
     """One writer per folder at a time; settings.run() reports filelock.Timeout."""
     path = Path(folder) / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path, timeout=0):
         try:
             yield

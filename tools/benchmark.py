@@ -35,7 +35,7 @@ import prepare_data
 import train_head
 from core import training
 from core.files import load_torch
-from core.settings import choose_device, choose_precision, constants, owners, run, versions
+from core.settings import choose_device, choose_precision, constants, run, versions
 from core.space import Space
 from model import Crops, Trunk, autocast
 from predict import load_encoder
@@ -181,10 +181,7 @@ def report(name, check, bench):
 
 def call(script, **values):
     """A script's main() with these constants, without its output."""
-    with contextlib.ExitStack() as changed:
-        for name, owner in owners(vars(script)).items():
-            changed.enter_context(patch.dict(owner, {name: values[name]} if name in values else {}))
-        changed.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    with patch.multiple(script, **values), contextlib.redirect_stdout(io.StringIO()):
         script.main()
 
 

@@ -1,6 +1,5 @@
 """Values on the flattened cortex, drawn with matplotlib on nilearn's flat fsaverage mesh."""
 
-import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -102,25 +101,18 @@ def pixels(space):
 
 
 def fit_limits(maps, symmetric=True):
-    """Ends of one colour scale for maps: the 99 % quantile of |values| that are not 0, rounded up ->
+    """Ends of one colour scale for maps: the 99 % quantile of |values| that are not 0, to two digits ->
     (-end, end); not symmetric: (0, end) of what is above zero."""
     values = np.abs(maps) if symmetric else np.asarray(maps)
-    end = np.quantile(values[values > 0], 0.99) if (values > 0).any() else 1
-    power = 10.0 ** np.floor(np.log10(end))
-    end = float(np.ceil(2 * end / power - 1e-9) * power / 2)  # 1, 1.5, 2 … of the power
+    end = float(f"{np.quantile(values[values > 0], 0.99):.2g}") if (values > 0).any() else 1.0
     return (-end if symmetric else 0.0, end)
 
 
 def describe_maps(figure, shown, axes, label, outlines):
-    """One colour bar for maps with the same limits; below them what is outlined and how much is clipped."""
-    values, (low, high) = np.ma.concatenate([mesh.get_array() for mesh in shown]).compressed(), shown[0].get_clim()
-    below, above = ((values < low).mean(), (values > high).mean()) if len(values) else (0, 0)
-    extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below > 0, above > 0]
-    figure.colorbar(shown[0], ax=axes, fraction=0.03, pad=0.01, shrink=0.8, aspect=30, extend=extend, label=label)
-    notes = [f"outlined: {', '.join(sorted({group for group, _ in outlines}))}"] if outlines else []
-    parts = [f"{100 * n:.1f} % {side} {end:g}" for n, side, end in ((below, "below", low), (above, "above", high)) if n]
-    notes += [f"clipped: {', '.join(parts)}"] if parts else []
-    figure.supxlabel(textwrap.fill("; ".join(notes), int(figure.get_figwidth() * 13)), fontsize=9)
+    """One colour bar for maps with the same limits, whose pointed ends stand for values beyond; what is outlined."""
+    figure.colorbar(shown[0], ax=axes, fraction=0.03, pad=0.01, shrink=0.8, aspect=30, extend="both", label=label)
+    groups = sorted({group for group, _ in outlines})
+    figure.supxlabel(f"outlined: {', '.join(groups)}" if groups else "", fontsize=9)
 
 
 def save_figure(figure, path):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from nilearn.datasets import load_fsaverage
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image
 from scipy import sparse
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
@@ -123,11 +123,9 @@ def plant(cortex, subject, vertex_step, seed):
     y = 0.5 - 0.5 * eccentricity * np.sin(angle) + shift[1]
     tuning = cortex.smooth(common, N_CHANNELS, 30) + 0.4 * cortex.smooth(rng, N_CHANNELS, 30)
 
-    # the part of the variance due to the picture: highest in V1, lower towards the rim, 0 in a few vertices
-    rim = cortex.distance(cortex.sphere[np.diff(cortex.blur.indptr) < 6])  # 7 neighbours with itself inside, rarely 6
-    ceiling = np.interp(depth, [0, 20, 60], [0.75, 0.65, 0.45]) * np.interp(rim, [0, 12], [0.4, 1])
-    ceiling *= np.exp(0.1 * cortex.smooth(common, 1, 10)[0] + 0.1 * cortex.smooth(rng, 1, 4)[0])
-    ceiling = np.clip(ceiling * rng.uniform(0.7, 1), 0, 0.9)
+    # the part of the variance due to the picture: highest in V1, 0 in a few vertices
+    ceiling = np.interp(depth, [0, 20, 60], [0.7, 0.6, 0.35]) * rng.uniform(0.7, 1)
+    ceiling = np.clip(ceiling * np.exp(0.2 * cortex.smooth(rng, 1, 10)[0]), 0, 0.9)
     ceiling[ceiling < np.quantile(ceiling, 0.01)] = 0
 
     kept = np.arange(0, len(depth), vertex_step)
@@ -162,33 +160,23 @@ def respond(cortex, planted, features, rng):
 
 
 def draw_picture(photos, rng, size):
-    """A size x size RGB picture: two views of photographs blended, coloured light, some patches; drawn at half size."""
+    """A size x size RGB picture: two views of photographs blended, and some patches of others; drawn at half size."""
     half = size // 2 + 1
 
     def view(size):
-        """A crop of a photograph, mirrored or not, in changed colours."""
+        """A crop of a photograph in changed colours."""
         photo = photos[rng.integers(len(photos))]
         side = rng.uniform(60, min(photo.size))
         left, top = rng.uniform(0, np.subtract(photo.size, side))
         crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
         mix = rng.uniform(0.4, 1.3) * np.eye(3) + rng.uniform(-0.35, 0.35, (3, 3))
-        crop = crop.convert("RGB", np.column_stack([mix, rng.uniform(-40, 70, 3)]).ravel().tolist())
-        return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+        return crop.convert("RGB", np.column_stack([mix, rng.uniform(-40, 70, 3)]).ravel().tolist())
 
-    def smooth(low, *channels):
-        """Smooth random values from low to 255."""
-        values = rng.uniform(low, 256, (3, 3, *channels)).astype(np.uint8)
-        return Image.fromarray(values).resize((half, half), Image.Resampling.BICUBIC)
-
-    picture = Image.composite(view(half), view(half), smooth(0))
-    picture = ImageChops.multiply(picture, smooth(90, 3))
-    for _ in range(rng.integers(0, 4)):
+    mask = Image.fromarray(rng.integers(0, 256, (3, 3), np.uint8))
+    picture = Image.composite(view(half), view(half), mask.resize((half, half), Image.Resampling.BICUBIC))
+    for _ in range(rng.integers(1, 6)):
         width = int(rng.uniform(0.15, 0.5) * half)
-        stencil = Image.new("L", (width, width))
-        draw = ImageDraw.Draw(stencil)
-        shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
-        shape((0, 0, width, width), fill=255)
-        picture.paste(view(width), tuple(rng.integers(0, half - width, 2).tolist()), stencil)
+        picture.paste(view(width), tuple(rng.integers(0, half - width, 2).tolist()))
     return picture.resize((size, size), Image.Resampling.BILINEAR)
 
 
