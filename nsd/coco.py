@@ -1,10 +1,10 @@
 """COCO's annotations of NSD's pictures, cropped and scaled to the 425 x 425 px that were shown, as in NSD-Flat."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 from scipy import ndimage
 
 SHOWN = 425  # px, side of NSD's pictures
@@ -16,16 +16,10 @@ def read_annotations(folder, wanted):
     {(split, COCO id): {"height", "width", "instances": [], "captions": [], ...}}."""
     pictures = {}
     for split in ("train2017", "val2017"):
-        for kind in ("instances", "captions"):
-            content = json.loads((Path(folder) / f"{kind}_{split}.json").read_bytes())
-            categories = {c["id"]: {"category": c["name"], **c} for c in content.get("categories", ())}
-            for picture in content["images"]:
-                if (split, picture["id"]) in wanted:
-                    pictures.setdefault((split, picture["id"]), picture | {"instances": [], "captions": []})
-            for annotation in content["annotations"]:
-                if (split, annotation["image_id"]) in wanted:
-                    category = categories.get(annotation.get("category_id"), {})
-                    pictures[split, annotation["image_id"]][kind].append(category | annotation)
+        instances, captions = (COCO(Path(folder) / f"{kind}_{split}.json") for kind in ("instances", "captions"))
+        for i in [i for name, i in wanted if name == split]:
+            objects = [instances.cats[instance["category_id"]] | instance for instance in instances.imgToAnns[i]]
+            pictures[split, i] = instances.imgs[i] | {"instances": objects, "captions": captions.imgToAnns[i]}
     return pictures
 
 
@@ -48,7 +42,7 @@ def convert(picture, crop_box):
             runs = coco_mask.frPyObjects(polygons, SHOWN, SHOWN)[0]  # NSD-Flat has the area of the first part alone
             segmentation = {"counts": None, "poly": polygons, "size": None}
         values = instance | {"area": int(coco_mask.area(runs)), "bbox": [x1, y1, x2 - x1, y2 - y1]}
-        values |= {"segmentation": segmentation, "target": instance["category_id"]}
+        values |= {"segmentation": segmentation, "target": instance["category_id"], "category": instance["name"]}
         if values["area"]:
             for name in COLUMNS:
                 objects[name].append(values[name])
@@ -57,9 +51,8 @@ def convert(picture, crop_box):
 
 def crop_points(points, corners):
     """points [x, y, x, y, ...] in COCO's pixels, corners (2, 2) -> (n, 2) in NSD's, clipped, to two decimals."""
-    size = np.array([round(float(side)) for side in corners[1] - corners[0]])
     inside = np.clip(np.reshape(points, (-1, 2)), *corners) - corners[0]
-    return np.round(inside * (SHOWN / size), 2)
+    return np.round(inside * (SHOWN / np.round(corners[1] - corners[0])), 2)
 
 
 def crop_mask(mask, corners):

@@ -1,10 +1,8 @@
 """Raw NSD and COCO -> NSD-Flat's Parquet files: python -m nsd.export_flat
 
 One row is one trial: the picture at 256 px, the z-scored activity on the flat cortex (format: prepare_flat.py), and
-COCO's objects and captions. Each shard is written atomically: a killed run continues with the next one.
-
-    map     pycortex's flat fsaverage, left hemisphere at x <= -2 mm, right hemisphere at x >= 2 mm
-    pixel   mean of the subject's vertices within 3 sigma, weighted by a Gaussian of FWHM 1 mm
+COCO's objects and captions. A pixel is the mean of the subject's vertices within 3 sigma, weighted by a Gaussian of
+FWHM 1 mm. Each shard is written atomically: a killed run continues with the next one.
 """
 
 import ast
@@ -31,6 +29,7 @@ from core.space import HEMIS
 from model import PICTURE_SIZE, UserError
 from nsd import coco, prepare_flat, prepare_nsd
 from nsd.prepare_flat import MAP_CORNER, MAP_SHAPE, OUTSIDE, Z_LIMIT
+from nsd.prepare_nsd import BETAS
 
 COCO_DIR: str = "annotations"  # annotations_trainval2017.zip: {instances,captions}_{train,val}2017.json
 SURFACE_DIR: str = "pycortex"  # pycortex's flat fsaverage: flat_{lh,rh}.gii (163,842 places each, x and y in mm)
@@ -62,7 +61,7 @@ def schema(made_from):
 
 
 def load_surface(folder):
-    """{hemi: places on the map (163842, 2) in mm}."""
+    """{hemi: places on the map (163842, 2) in mm}: left hemisphere at x <= -2 mm, right hemisphere at x >= 2 mm."""
     surfaces = {hemi: nibabel.load(Path(folder) / f"flat_{hemi}.gii") for hemi in HEMIS}
     places = {hemi: gifti.agg_data("pointset")[:, :2].astype(np.float64) for hemi, gifti in surfaces.items()}
     places["lh"][:, 0] += -2 - places["lh"][:, 0].max()
@@ -81,21 +80,11 @@ def resampler(places):
     return sparse.diags_array(1 / np.where(total > 0, total, 1)) @ weights
 
 
-def read_session(name, session, vertices):
+def read_session(name, session, mask):
     """Betas (n_trials, n_vertices of both hemispheres) of a subject's session, counted from 0."""
-    paths = [Path(prepare_nsd.NSD_DIR) / prepare_nsd.BETAS.format(name, hemi, session + 1) for hemi in HEMIS]
-    n_trials = prepare_nsd.TRIALS_PER_SESSION
-    betas = [prepare_nsd.read_trials(path, n_trials, vertices[hemi]) for path, hemi in zip(paths, HEMIS)]
+    paths, n_trials = [BETAS.format(name, hemi, session + 1) for hemi in HEMIS], prepare_nsd.TRIALS_PER_SESSION
+    betas = [prepare_nsd.read_trials(path, n_trials, mask[hemi]) for path, hemi in zip(paths, HEMIS)]
     return np.concatenate(betas, axis=1)
-
-
-def complete_vertices(name, n_sessions, mask):
-    """{hemi: vertices of the mask (n,) that are NaN in none of the subject's trials}."""
-    complete = np.ones(sum(map(len, mask.values())), bool)
-    for session in progress(range(n_sessions), desc=f"{name}: missing vertices", unit="session"):
-        complete &= ~np.isnan(read_session(name, session, mask)).any(0)
-    sides = np.split(complete, [len(mask["lh"])])
-    return {hemi: mask[hemi][side] for hemi, side in zip(HEMIS, sides)}
 
 
 def draw_map(activity, weights):
@@ -107,13 +96,12 @@ def draw_map(activity, weights):
 
 
 def plan_shards(shown):
-    """{file name: DataFrame with subject, session and trial (from 0), nsd_id}. shown: see prepare_nsd.survey()."""
+    """{file name: DataFrame with subject, trial (from 0), nsd_id}. shown: see prepare_nsd.survey()."""
     subjects, shards = [], {}
     for name, nsd_ids in shown.items():
         trials = pd.DataFrame({"subject": name, "trial": np.arange(nsd_ids.size), "nsd_id": nsd_ids.ravel()})
-        trials["session"] = trials.trial // prepare_nsd.TRIALS_PER_SESSION
-        n_training = len(nsd_ids) - prepare_nsd.N_TEST_SESSIONS
-        subjects.append(trials.assign(split=np.where(trials.session < n_training, "train", "test")))
+        held_out = trials["trial"] >= nsd_ids[: -prepare_nsd.N_TEST_SESSIONS].size
+        subjects.append(trials.assign(split=np.where(held_out, "test", "train")))
     for split, trials in pd.concat(subjects).groupby("split", sort=False):
         n = -(-len(trials) // ROWS_PER_SHARD)
         for i in range(n):
@@ -142,51 +130,50 @@ def record(name, weights, infos, annotations, trial, nsd_id, picture, activity):
     }  # fmt: skip
 
 
-def write_shard(path, trials, columns, grids, infos, annotations, bar):
-    """trials: see plan_shards(); columns: the schema; grids {subject: (vertices, weights)}."""
+def write_shard(path, trials, columns, mask, grids, infos, annotations, bar):
+    """trials: see plan_shards(); columns: the schema; grids: {subject: (vertices of the mask, weights)}."""
+    n_trials = prepare_nsd.TRIALS_PER_SESSION
     with (
         h5py.File(Path(prepare_nsd.NSD_DIR) / prepare_nsd.STIMULI, locking=False) as stimuli,
         ThreadPoolExecutor(os.cpu_count()) as pool,  # Pillow encodes outside Python's lock
         atomic_write(path) as file,
         pyarrow.parquet.ParquetWriter(file, columns) as writer,
     ):
-        for (name, session), part in trials.groupby(["subject", "session"]):
-            vertices, weights = grids[name]
-            activity = read_session(name, session, vertices)
-            prepare_nsd.zscore(activity)
+        for (name, session), part in trials.groupby(["subject", trials["trial"] // n_trials]):
+            complete, weights = grids[name]
+            activity = prepare_nsd.zscore(read_session(name, session, mask)[:, complete])
             build = functools.partial(record, name, weights, infos, annotations)
             for i in range(0, len(part), ROWS_PER_GROUP):
                 group, ids = part.trial[i : i + ROWS_PER_GROUP], part.nsd_id[i : i + ROWS_PER_GROUP]
                 pictures = [stimuli["imgBrick"][nsd_id] for nsd_id in ids]
-                rows = list(pool.map(build, group, ids, pictures, activity[group % prepare_nsd.TRIALS_PER_SESSION]))
+                rows = list(pool.map(build, group, ids, pictures, activity[group % n_trials]))
                 writer.write_table(pyarrow.Table.from_pylist(rows, columns))
                 bar.update(len(rows))
 
 
 def main():
-    output, root = Path(FLAT_DIR) / "data", Path(prepare_nsd.NSD_DIR)
-    n_sessions = prepare_nsd.choose_subjects(root, prepare_nsd.SUBJECTS, prepare_nsd.N_SESSIONS)
-    prepare_nsd.check_files(root, [STIMULUS_INFO])
-    shown, _ = prepare_nsd.survey(root, n_sessions, prepare_nsd.TRIALS_PER_SESSION, labels=False)
-    mask, surface = prepare_nsd.read_mask(root, prepare_nsd.RSC_DIR), load_surface(SURFACE_DIR)
-    made_from = fingerprint(shown, mask, surface)
-    shards = plan_shards(shown)
+    output, n_sessions = Path(FLAT_DIR) / "data", prepare_nsd.choose_subjects()
+    shown, _ = prepare_nsd.survey(n_sessions, [STIMULUS_INFO])
+    mask, surface = prepare_nsd.read_mask(), load_surface(SURFACE_DIR)
+    made_from, shards = fingerprint(shown, mask, surface), plan_shards(shown)
     for path in output.glob("*.parquet"):
         before = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"made_from")
         if path.name not in shards or before != made_from.encode():
             raise UserError(f"{path} was made from other data: choose another FLAT_DIR.")
         del shards[path.name]
     ids = np.unique(np.concatenate([nsd_ids.ravel() for nsd_ids in shown.values()]))
-    infos = pd.read_csv(root / STIMULUS_INFO, index_col="nsdId").loc[ids].to_dict("index")
+    infos = pd.read_csv(Path(prepare_nsd.NSD_DIR) / STIMULUS_INFO, index_col="nsdId").loc[ids].to_dict("index")
     pictures = {(info["cocoSplit"], info["cocoId"]) for info in infos.values()}
     annotations = coco.read_annotations(COCO_DIR, pictures) if shards else {}
-    grids = {}
-    for name in sorted(set().union(*(trials.subject for trials in shards.values()))):
-        vertices = complete_vertices(name, n_sessions[name], mask)
-        grids[name] = vertices, resampler(np.concatenate([surface[hemi][vertices[hemi]] for hemi in HEMIS]))
+    places, grids = np.concatenate([surface[hemi][mask[hemi]] for hemi in HEMIS]), {}
+    for name in sorted(set().union(*(trials["subject"] for trials in shards.values()))):
+        complete = np.ones(len(places), bool)
+        for session in progress(range(n_sessions[name]), desc=f"{name}: missing vertices", unit="session"):
+            complete &= ~np.isnan(read_session(name, session, mask)).any(0)
+        grids[name] = complete, resampler(places[complete])
     with lock(FLAT_DIR), progress(total=sum(map(len, shards.values())), desc="writing trials", unit="trial") as bar:
         for name, trials in shards.items():
-            write_shard(output / name, trials, schema(made_from), grids, infos, annotations, bar)
+            write_shard(output / name, trials, schema(made_from), mask, grids, infos, annotations, bar)
     print(f"wrote {output}: {sum(nsd_ids.size for nsd_ids in shown.values())} trials of {', '.join(shown)}")
 
 

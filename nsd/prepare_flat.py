@@ -1,15 +1,11 @@
 """NSD-Flat -> DATA_DIR, as prepare_data.py writes it, with pixels for vertices: python -m nsd.prepare_flat
 
 NSD-Flat (Hugging Face, clane9/NSD-Flat) is the report's compressed NSD: single trials as pictures of the flat cortex.
-Here the trials of a picture are averaged per subject.
+Here the trials of a picture are averaged per subject. Scores of pixels do not compare with scores of vertices.
 
     map        x -100 ... 100 mm, y -120 ... 95 mm of flat fsaverage, 1 mm per pixel: 215 x 200 pixels, row 0 on top
-    activity   z-scored over the trials of a session, clipped to +-2.5, (z + 2.5) / 5 * 255 truncated to uint8
-    outside    127; a pixel that is 127 in all maps of a subject is outside for that subject
-    space      pixels that are inside for any subject, those of the left hemisphere (x < 0) first
-    test       pictures of NSD-Flat's test split that are in nobody's training split: what --split challenge scores
-
-A pixel is an average over vertices, so scores of pixels do not compare with scores of vertices.
+    activity   z-scored over the trials of a session, clipped to +-2.5, (z + 2.5) / 5 * 255 truncated to uint8;
+               127 in all maps of a subject where it has no vertices
 """
 
 import io
@@ -27,7 +23,7 @@ import torch
 from PIL import Image
 
 import prepare_data
-from core.settings import constants, is_finished, progress, run
+from core.settings import is_finished, progress, run
 from core.space import Space
 from model import UserError
 
@@ -40,28 +36,30 @@ OUTSIDE = 127
 BATCH = 100  # rows read at a time
 
 
-def find_files(folder):
+def find_files():
     """Paths of the training shards, then of the test shards, each sorted; all have to be there."""
     files = []
-    for split in ("train", "test"):
-        shards = sorted(Path(folder).rglob(f"{split}*.parquet"))
-        shards = [path for path in shards if "@eaDir" not in path.parts]  # where network storage keeps thumbnails
+    for split in ("train", "test"):  # network storage keeps thumbnails in @eaDir
+        shards = sorted(p for p in Path(FLAT_DIR).rglob(f"{split}*.parquet") if "@eaDir" not in p.parts)
         totals = {int(total) for path in shards for total in re.findall(r"-of-(\d+)", path.name)}
         if totals and {len(shards)} != totals:  # the trials of a picture are in several shards
-            raise UserError(f"{folder} has {len(shards)} of {max(totals)} {split} shards: download the others.")
+            raise UserError(f"{FLAT_DIR} has {len(shards)} of {max(totals)} {split} shards: download the others.")
         files += shards
         if not files:
-            raise UserError(f"{folder} has no train-*.parquet: download huggingface.co/datasets/clane9/NSD-Flat to it.")
+            raise UserError(
+                f"{FLAT_DIR} has no train-*.parquet: download huggingface.co/datasets/clane9/NSD-Flat to it."
+            )
     return files
 
 
 def read_trials(files):
-    """One row per trial, in the files' order, with the columns test (bool), subject_id (from 0), nsd_id, trial_id."""
+    """One row per trial, in the files' order, with the columns subject (name), nsd_id, test (bool), trial_id."""
     dataset = pyarrow.dataset.dataset(files)
     columns = [name for name in ("subject_id", "nsd_id", "trial_id") if name in dataset.schema.names]
     trials = dataset.to_table([*columns, "__filename"]).to_pandas()  # older revisions lack trial_id
     trials["test"] = [Path(name).name.startswith("test") for name in trials.pop("__filename")]
-    if "trial_id" in columns and trials.dropna().duplicated(["subject_id", "trial_id"]).any():
+    trials["subject"] = trials["subject_id"].map(lambda i: f"subj{i + 1:02d}")
+    if "trial_id" in columns and trials.dropna().duplicated(["subject", "trial_id"]).any():
         raise UserError(f"{FLAT_DIR} has the same trial in several files: remove the copies.")
     return trials
 
@@ -91,30 +89,26 @@ def sum_maps(files, trials, rows, subject_of_row):
     return sums, inside
 
 
-def pixel_space(names, inside):
-    """inside (n_subjects, 215 * 200) bool -> Space; its vertices are places on the map, row by row."""
-    left = np.arange(inside.shape[1]) % MAP_SHAPE[1] < MAP_SHAPE[1] // 2
-    sides = [np.flatnonzero(inside.any(0) & side) for side in (left, ~left)]
-    pixels = torch.from_numpy(np.concatenate(sides))
-    return Space(names, pixels, len(sides[0]), torch.from_numpy(inside)[:, pixels], {}, unit="pixels")
-
-
-def prepare(made_with):
-    files = find_files(FLAT_DIR)
+def main():
+    if prepare_data.SPLITS == "authors":
+        raise UserError("SPLITS is authors, which only the challenge folder has: expected pictures or shared.")
+    made_with = {name: vars(prepare_data)[name] for name in ("SUBJECTS", "SPLITS", "SEED")} | {"SOURCE": "NSD-Flat"}
+    path = Path(prepare_data.DATA_DIR) / "prepared.pt"
+    if is_finished(path, prepare_data.FORMAT, made_with, prepare_data.OVERWRITE):
+        return
+    files = find_files()
     trials = read_trials(files)
-    ids = {f"subj{i + 1:02d}": i for i in np.unique(trials.subject_id).tolist()}
-    names = sorted(prepare_data.SUBJECTS.replace(",", " ").split()) or list(ids)
-    if set(names) - ids.keys():
-        raise UserError(f"SUBJECTS is {prepare_data.SUBJECTS}, but {FLAT_DIR} has {', '.join(ids)}.")
-    numbers = [ids[name] for name in names]
-    trained = trials.nsd_id[~trials.test].unique()  # by anybody: no test pictures
-    used = trials[trials.subject_id.isin(numbers) & ~(trials.test & trials.nsd_id.isin(trained))]
-    groups = used.groupby(["test", "subject_id", "nsd_id"])  # sorted: training rows first, subject by subject
-    n_trials = groups.size()
-    test, subject, nsd_id = (n_trials.index.get_level_values(i).to_numpy() for i in range(3))
-    subject = np.searchsorted(numbers, subject)
-    first = used.drop_duplicates("nsd_id").nsd_id  # first trial of each picture, training pictures first
-    image = pd.Index(first).get_indexer(nsd_id)
+    present = sorted(trials["subject"].unique())
+    names = sorted(prepare_data.SUBJECTS.replace(",", " ").split()) or present
+    if not set(names) <= set(present):
+        raise UserError(f"SUBJECTS is {prepare_data.SUBJECTS}, but {FLAT_DIR} has {', '.join(present)}.")
+    trained = trials["nsd_id"][~trials["test"]]  # by anybody: no test pictures
+    used = trials[trials["subject"].isin(names) & ~(trials["test"] & trials["nsd_id"].isin(trained))]
+    groups = used.groupby(["test", "subject", "nsd_id"])  # sorted: training rows first, subject by subject
+    rows = groups.size().reset_index(name="n_trials")
+    first = used.drop_duplicates("nsd_id")["nsd_id"]  # first trial of each picture, training pictures first
+    test, n_trials, nsd_id = (rows[name].to_numpy() for name in ("test", "n_trials", "nsd_id"))
+    subject, image = np.searchsorted(names, rows["subject"]), pd.Index(first).get_indexer(nsd_id)
     training_ids, training_row = np.unique(nsd_id[~test], return_inverse=True)
     samples = {
         "subject": subject[~test], "image": image[~test],
@@ -122,13 +116,16 @@ def prepare(made_with):
         "test_subject": subject[test], "test_image": image[test],
     }  # fmt: skip
     sums, inside = sum_maps(files, used.index.to_numpy(), groups.ngroup().to_numpy(), subject)
-    space = pixel_space(names, inside)
-    pixels, mask = space.vertices.numpy(), space.mask.numpy()
+    left = np.arange(inside.shape[1]) % MAP_SHAPE[1] < MAP_SHAPE[1] // 2
+    sides = [np.flatnonzero(inside.any(0) & side) for side in (left, ~left)]
+    pixels = np.concatenate(sides)  # places on the map, row by row
+    mask = inside.take(pixels, axis=1)
+    space = Space(names, torch.from_numpy(pixels), len(sides[0]), torch.from_numpy(mask), {}, unit="pixels")
 
-    def activity(rows):
-        """Blocks (n, n_pixels) float32 of the rows' mean activity, zero where a subject lacks a pixel."""
-        for part in np.split(rows, range(BATCH, len(rows), BATCH)):
-            mean = sums[part][:, pixels] / n_trials.to_numpy()[part, None] / 255 * (2 * Z_LIMIT) - Z_LIMIT
+    def activity(chosen):
+        """Blocks (n, n_pixels) float32 of these rows' mean activity, zero where a subject lacks a pixel."""
+        for part in np.split(chosen, range(BATCH, len(chosen), BATCH)):
+            mean = sums[part][:, pixels] / n_trials[part, None] / 255 * (2 * Z_LIMIT) - Z_LIMIT
             yield np.where(mask[subject[part]], mean, 0).astype(np.float32)
 
     prepare_data.write_prepared(
@@ -138,16 +135,6 @@ def prepare(made_with):
         images=decode(files, "image", first.index.to_numpy(), prepare_data.decode_picture),
     )  # fmt: skip
     print(f"{space.n_vertices} pixels, whose scores are not comparable to those of vertices; {test.sum()} test samples")
-
-
-def main():
-    settings = constants(globals())
-    if settings["SPLITS"] == "authors":
-        raise UserError("SPLITS is authors, which only the challenge folder has: expected pictures or shared.")
-    made_with = {name: settings[name] for name in ("SUBJECTS", "SPLITS", "SEED")} | {"SOURCE": "NSD-Flat"}
-    path = Path(settings["DATA_DIR"]) / "prepared.pt"
-    if not is_finished(path, prepare_data.FORMAT, made_with, settings["OVERWRITE"]):
-        prepare(made_with)
 
 
 if __name__ == "__main__":

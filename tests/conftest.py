@@ -203,13 +203,13 @@ def data_dir(build_once, challenge):
 
 @pytest.fixture(scope="session")
 def run_dir(build_once, data_dir):
-    settings = HEAD | TRAINING | dict(STEPS=8, VALIDATE_EVERY=3, LEARNING_RATE=0.01, DATA_DIR=data_dir)
+    settings = HEAD | TRAINING | dict(STEPS=8, VALIDATE_EVERY=3, LEARNING_RATE=0.003, DATA_DIR=data_dir)
     return build_once("run", lambda folder: run_stage(train_head, RUN_DIR=folder, **settings))
 
 
 @pytest.fixture(scope="session")
 def finetuned_dir(build_once, data_dir, run_dir):
-    settings = TRAINING | dict(STEPS=5, VALIDATE_EVERY=2, LEARNING_RATE=0.001, SEED=2, DATA_DIR=data_dir)
+    settings = TRAINING | dict(STEPS=5, VALIDATE_EVERY=2, LEARNING_RATE=0.001, SEED=1, DATA_DIR=data_dir)
 
     def build(folder):
         shutil.copytree(run_dir, folder)

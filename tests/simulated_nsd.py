@@ -137,8 +137,8 @@ def simulate_coco(folder, nsd_ids, rng):
             images.append({"id": 1000 + i, "height": height, "width": width})
             x, y = rng.uniform(100, 300, 2)
             box = {"bbox": [x, y, 50, 40], "segmentation": [[x, y, x + 50, y, x + 50, y + 40, x, y + 40]]}
-            instances += [{"image_id": 1000 + i, "category_id": 88, "iscrowd": 0, **box}] * (i % 3)
-            captions += [{"image_id": 1000 + i, "caption": f"{k} of {1000 + i}"} for k in range(5)]
+            instances += [{"id": i, "image_id": 1000 + i, "category_id": 88, "iscrowd": 0, **box}] * (i % 3)
+            captions += [{"id": i, "image_id": 1000 + i, "caption": f"{k} of {1000 + i}"} for k in range(5)]
         content = {"images": images, "annotations": instances, "categories": categories}
         (folder / f"instances_{split}.json").write_text(json.dumps(content))
         (folder / f"captions_{split}.json").write_text(json.dumps({"images": images, "annotations": captions}))

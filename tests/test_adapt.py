@@ -113,7 +113,7 @@ def test_ridge_is_scikit_learns(n, n_features):
         np.testing.assert_allclose(ridge.predict(fitted, features[n:]), plain, rtol=tolerance, atol=tolerance)
 
 
-def test_the_baseline_has_what_our_map_has(monkeypatch):
+def test_the_baseline_has_what_our_map_has():
     """One penalty and a shrunk mean, by brute-force leave-one-out with scikit-learn."""
     rng = np.random.default_rng(0)
     x, y, n = rng.standard_normal((8, 12)), rng.standard_normal((8, 6)) + 0.1, 8
@@ -129,11 +129,9 @@ def test_the_baseline_has_what_our_map_has(monkeypatch):
         errors[a, c] = np.square(y - np.concatenate(left_out)).sum()
     a, c = min(errors, key=errors.get)
     assert c > 0  # with a free mean the predictions would be others
-    monkeypatch.setattr(adapt, "PENALTIES", [0.1, 1, 10, 100])
-    monkeypatch.setattr(adapt, "MEAN_PENALTIES", adapt.MEAN_PENALTIES[:-1])
-    person = SimpleNamespace(features=torch.from_numpy(x), activity=torch.from_numpy(y))
-    prediction = adapt.Person.predict_ridge(person, np.arange(n), np.arange(n))
-    np.testing.assert_allclose(prediction, model(np.arange(n), a, c).predict(z), atol=1e-6)
+    features, activity = torch.from_numpy(x), torch.from_numpy(y)
+    fitted = ridge.fit(features, activity, [0.1, 1, 10, 100], adapt.MEAN_PENALTIES[:-1], shared=True)
+    np.testing.assert_allclose(ridge.predict(fitted, features), model(np.arange(n), a, c).predict(z), atol=1e-6)
 
 
 @pytest.fixture(scope="module")

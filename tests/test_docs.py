@@ -9,11 +9,15 @@ import sys
 import numpy as np
 import pytest
 
+import predict
 import prepare_data
+import train_head
 from core import training
 from core.files import load_torch
-from core.settings import constants
-from tests.conftest import HEAD, ROOT, TRAINING, on_command_line
+from core.settings import constants, override
+from model import UserError
+from tests.conftest import HEAD, ROOT, TRAINING, on_command_line, set_constants
+from tools import contrast, predict_pictures, search
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CHANGE = (ROOT / "docs/change.md").read_text()
@@ -66,3 +70,24 @@ def test_documented_data_set_can_be_loaded(tmp_path, monkeypatch):
     data = prepare_data.load("data")
     assert data.space.subjects == ["anna", "ben"] and np.isfinite(data.activity).all()
     assert all(len(data.samples(split, 1)) for split in prepare_data.SPLIT_NAMES)
+
+
+def test_options_set_the_constant_where_it_lives():
+    """A script's own constants, those that it shares with another script, and those that this one shares in turn."""
+    with pytest.MonkeyPatch.context() as patch:
+        for script in (contrast, search):
+            set_constants(patch, script, **constants(vars(script)))  # restored at the end
+        override(
+            vars(contrast), ["--images_a", "a.jpg", "b.jpg", "--subject", "group", "--batch_size=3", "--overwrite"]
+        )
+        assert (contrast.IMAGES_A, contrast.OVERWRITE) == ("a.jpg,b.jpg", True)
+        assert (predict_pictures.SUBJECT, predict.BATCH_SIZE) == ("group", 3)
+        override(vars(search), ["--latent_dim_range", "8,16", "--image_size", "56"])
+        assert (search.LATENT_DIM_RANGE, train_head.IMAGE_SIZE) == ((8, 16), 56)
+        for script, words in (
+            (contrast, "--devise cpu"),
+            (search, "--learning_rate 1"),
+            (contrast, "--batch_size big"),
+        ):
+            with pytest.raises(UserError, match=f"{words.split()[0]}.*(did you mean|invalid int)"):
+                override(vars(script), words.split())

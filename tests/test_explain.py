@@ -105,6 +105,11 @@ def test_contributions_add_up_to_the_predicted_roi_means(
     activity = np.concatenate([np.load(tmp_path / f"predictions/{subject}/activity_{h}.npy") for h in HEMIS], 1)
     np.testing.assert_allclose(total[:, 3:].T, [activity[:, 3], activity[:, [0, 100]].mean(1)], atol=1e-4)
 
+    (tmp_path / "broken.png").touch()
+    with pytest.raises(UserError, match="1 picture could not be read"):
+        run_stage(explain, **options | explained | dict(IMAGES=tmp_path / "broken.png", OUTPUT_DIR=tmp_path / "fields"))
+    assert (tmp_path / "fields/fields.npz").exists()
+
     both = f"{run_dir}/head.pt,{run_dir}/head.pt"
     for change, message in ((dict(ROIS=("V9",)), "unknown ROI 'V9'"), (dict(CHECKPOINT=both), "one file")):
         with pytest.raises(UserError, match=message):

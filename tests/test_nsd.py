@@ -371,7 +371,7 @@ def test_coco_annotations_are_cropped_and_scaled():
         [[60, 40, 400, 40, 400, 120.2, 60, 120.2]],
         {"size": [850, 1000], "counts": np.diff(changes, prepend=0).tolist()},
     ]
-    about = dict(category_id=1, category="person", supercategory="person", iscrowd=0, bbox=[60, 40, 340, 80.2])
+    about = dict(category_id=1, name="person", supercategory="person", iscrowd=0, bbox=[60, 40, 340, 80.2])
     instances = [about | {"segmentation": outline} for outline in outlines]
     picture = {"height": 850, "width": 1000, "captions": [], "instances": instances}
     objects, _ = coco.convert(picture, (0, 0, 0.1, 0.05))  # x from 100 on was shown, halved

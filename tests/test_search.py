@@ -7,6 +7,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import optuna
 import pandas as pd
@@ -161,7 +162,10 @@ def test_search(fitted, tmp_path, capsys, monkeypatch):
         run_stage(search, **settings | dict(STEPS=13), RUN_DIR=folder, TRIALS=7)
     with pytest.raises(UserError, match="head.pt of another run"):
         run_stage(search, **settings, RUN_DIR=tmp_path / "single", TRIALS=7)
-    run_stage(search, **settings | dict(STEPS=13), RUN_DIR=folder, TRIALS=2, OVERWRITE=True)
+    new = settings | dict(STEPS=13, RUN_DIR=folder, TRIALS=2, OVERWRITE=True)
+    with search.trial_lock(folder / ".trial-3"), pytest.raises(filelock.Timeout):  # another process is training it
+        run_stage(search, **new)
+    run_stage(search, **new)
     assert len(trials_of(folder)) == 2
     assert load_checkpoint(folder / "head.pt")[2]["made_with"]["STEPS"] == 13
 
@@ -176,7 +180,7 @@ def test_head_of_the_best_validation(fitted, tmp_path, monkeypatch):
         return [{"val_loss": 1.0, "val_r2": scores[len(states) - 1]}]
 
     monkeypatch.setattr(training, "validate", validate)
-    search.Round("search", [learner], *rest, settings).run()
+    search.Round("search", [learner], *rest, settings).train()
     search.write_head(tmp_path / "head.pt", learner, rest[0])
     encoder, _, info = load_checkpoint(tmp_path / "head.pt")
     assert len(states) == 4 and info["step"] == 4 and info["scores"]["val_r2"] == 0.3
@@ -210,7 +214,7 @@ def test_search_learns_from_its_trials(fitted, tmp_path, monkeypatch):
         return SimpleNamespace(best=0.3 - (rate + 2) ** 2 - (decay + 1) ** 2 / 4, failed="")
 
     monkeypatch.setattr(train_head, "new_learner", new_learner)
-    monkeypatch.setattr(search, "Round", lambda *_, **__: SimpleNamespace(run=lambda: None))
+    monkeypatch.setattr(search, "Round", lambda *_, **__: SimpleNamespace(train=lambda: None))
     monkeypatch.setattr(search, "write_head", lambda path, learner, data: winners.append(learner.best))
     settings = SEARCH | dict(DATA_DIR=fitted, LEARNING_RATE_RANGE=(1e-4, 1e-1), FEATURE_DROPOUT_RANGE=(0.5, 0.5))
     settings |= dict(LATENT_DIM_RANGE=(16, 16), PCA_DIM_RANGE=(16, 16), LAYERS_CHOICES="0")

@@ -351,7 +351,7 @@ def test_log_and_checkpoint_belong_together(run_dir, data_dir, tmp_path):
 
 def test_changed_code_is_noticed(run_dir, data_dir, tmp_path, monkeypatch, capsys):
     """Another model.py is told when a run continues and a checkpoint loads; other parameters are refused by name."""
-    settings = HEAD | TRAINING | dict(STEPS=8, VALIDATE_EVERY=3, LEARNING_RATE=0.01, DATA_DIR=data_dir)
+    settings = HEAD | TRAINING | dict(STEPS=8, VALIDATE_EVERY=3, LEARNING_RATE=0.003, DATA_DIR=data_dir)
     shutil.copytree(run_dir, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(training, "SOURCE", "another")
@@ -376,7 +376,7 @@ def test_changed_code_is_noticed(run_dir, data_dir, tmp_path, monkeypatch, capsy
 def test_processes_that_restored_different_steps_stop(run_dir, data_dir, tmp_path, monkeypatch):
     shutil.copytree(run_dir, tmp_path / "run")
     monkeypatch.setattr(training.distributed, "gather_objects", lambda steps: [steps, [0]])  # rank 1 sees no file
-    settings = HEAD | TRAINING | dict(STEPS=8, VALIDATE_EVERY=3, LEARNING_RATE=0.01, DATA_DIR=data_dir)
+    settings = HEAD | TRAINING | dict(STEPS=8, VALIDATE_EVERY=3, LEARNING_RATE=0.003, DATA_DIR=data_dir)
     with pytest.raises(UserError, match="different steps"):
         run_stage(train_head, **settings, RUN_DIR=tmp_path / "run")
 

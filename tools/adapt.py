@@ -5,13 +5,8 @@ vertices that they and the checkpoint have, and those rows of E and mean:
 
     min over B, b of  sum_i |y_i - mean - E (A h_i + B h_i + b)|² + a |B|² + c |E (B h_mean + b)|²
 
-Without data that is the group's prediction, with much data the person's own map; a and c have the least leave-one-out
-error over the person's training pictures. OUTPUT_DIR gets
-
-    adapted.pt            the checkpoint with the person added; predictions for everybody else are the same bit for bit
-    curve.csv, curve.png  score on held-out pictures against the number of pictures used, beside the group's prediction
-                          and ridge regression from the trunk's features to every vertex (tools/ridge.py)
-    scores.json           score on held-out pictures, for few of them also cross-validated, with 95 % intervals
+a and c have the least leave-one-out error over the person's training pictures. OUTPUT_DIR gets adapted.pt, the
+checkpoint with the person added, scores.json, and the learning curve, curve.csv and curve.png (docs/adapt.md).
 """
 
 import dataclasses
@@ -93,11 +88,6 @@ class Person:
         head = self.encoder.head.with_parameters(subject_weight=weight[None], subject_bias=bias[None])
         return Encoder(self.encoder.trunk, head).predict(self.h[pictures], 0)[:, self.columns]
 
-    def predict_ridge(self, fitted_to, pictures):
-        """The baseline with all that helps our map: the same candidates, one a and c for all vertices."""
-        x, y = self.features[fitted_to], self.activity[fitted_to]
-        return ridge.predict(ridge.fit(x, y, PENALTIES, MEAN_PENALTIES, shared=True), self.features[pictures])
-
     def cross_validate(self):
         """Predictions of all pictures, each by a map that is fitted to the other folds."""
         fold = np.random.default_rng(SEED).permutation(len(self.h)) % N_FOLDS
@@ -109,25 +99,24 @@ class Person:
     def score(self, title, pictures, prediction):
         """Print and return {n_pictures, median_r2, interval: 95 % or None}, as tools/evaluate.py has them."""
         activity, n = self.activity[pictures], len(prediction)
-        r2, ends = median(r2_score(activity, prediction)), None
-        if n >= evaluate.FEWEST_PICTURES:
-            order, weights = np.argsort(self.nsd_ids[pictures]), draw_pictures(n, evaluate.RESAMPLES, evaluate.SEED)
-            resampled = resampled_scores(activity[order].cpu(), prediction[order].cpu(), weights, np.nan)["r2"]
-            ends = interval(r2, np.nanmedian(resampled, axis=1))
+        r2, order = median(r2_score(activity, prediction)), np.argsort(self.nsd_ids[pictures])
+        weights = draw_pictures(n, evaluate.RESAMPLES, evaluate.SEED)
+        resampled = resampled_scores(activity[order].cpu(), prediction[order].cpu(), weights, np.nan)["r2"]
+        ends = interval(r2, np.nanmedian(resampled, axis=1)) if n >= evaluate.FEWEST_PICTURES else None
         text = f" (95 % CI {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
         print(f"{title}: median R² {r2:.4f}{text}, {n} pictures")
         return {"n_pictures": n, "median_r2": r2, "interval": ends}
 
 
 def draw_curve(person, train, fitted, scored, title, folder):
-    """Fit to more and more of train (fitted: the map of all), score on scored; write curve.csv and curve.png, and print
-    the means over draws."""
+    """Fit to more and more of train (fitted: the map of all), score on scored; print, write curve.csv and curve.png."""
     table = []
     draws = [(n, draw) for n in SIZES if n < len(train) for draw in range(N_DRAWS if 2 * n <= len(train) else 1)]
     for n, draw in progress([*draws, (len(train), 0)], desc="learning curve", unit="draw"):
         drawn = np.random.default_rng([SEED, n, draw]).permutation(train)[:n]
         ours = person.predict(fitted if n == len(train) else person.fit(drawn), scored)
-        baseline = person.predict_ridge(drawn, scored)
+        x, y = person.features[drawn], person.activity[drawn]  # ridge has all that helps our map, too
+        baseline = ridge.predict(ridge.fit(x, y, PENALTIES, MEAN_PENALTIES, shared=True), person.features[scored])
         for method, prediction in (("group", person.group[scored]), ("adapted", ours), ("ridge", baseline)):
             table.append((n, method, draw, median(r2_score(person.activity[scored], prediction))))
     curve = pd.DataFrame(table, columns=["n_pictures", "method", "draw", "median_r2"])
@@ -151,16 +140,11 @@ def add_person(person, new, space, weight, bias):
     encoder = Encoder(person.encoder.trunk, head.with_parameters(subject_weight=weights, subject_bias=biases))
     mask = pad(space.mask, (0, 0, 0, 1))
     mask[-1, person.columns] = True
-    unlabelled = {"names": {}, "labels": torch.zeros(space.mask.shape, dtype=torch.int16)}
-    rois = {}
-    for group in space.rois | new.rois:
-        roi = space.rois.get(group, unlabelled)
-        names, labels = dict(roi["names"]), pad(roi["labels"], (0, 0, 0, 1))
-        if group in new.rois:
-            values = new.rois[group]["labels"][0].numpy()[person.known]
-            values = prepare_data.merge_labels(names, new.rois[group]["names"], values)
-            labels[-1, person.columns] = torch.from_numpy(values)
-        rois[group] = {"names": names, "labels": labels}
+    rois = {group: roi | {"labels": pad(roi["labels"], (0, 0, 0, 1))} for group, roi in space.rois.items()}
+    for group, own in new.rois.items():
+        roi = rois.setdefault(group, {"names": {}, "labels": torch.zeros(mask.shape, dtype=torch.int16)})
+        values = prepare_data.merge_labels(roi["names"], own["names"], own["labels"][0].numpy()[person.known])
+        roi["labels"][-1, person.columns] = torch.from_numpy(values)
     return encoder, dataclasses.replace(space, subjects=[*space.subjects, *new.subjects], mask=mask, rois=rois)
 
 

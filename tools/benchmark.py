@@ -75,6 +75,7 @@ class Bench:
         self.device, self.folder, self.sizes = device, Path(folder), SimpleNamespace(**sizes)
         self.limit = (lambda text: "") if sizes is TOY_SIZES else str  # of speed: toy sizes have none
         self.precision, self.is_gpu, self.seconds = choose_precision("auto", device), device.type == "cuda", {}
+        self.compiler = {"backend": "inductor" if self.is_gpu else "eager"}  # at toy size without one
 
     @cached_property
     def inputs(self):
@@ -142,9 +143,6 @@ class Bench:
                 seconds.append(self.clock(work, n))
         return [statistics.median(seconds) for seconds in times]
 
-    def compile(self, trunk):
-        trunk.compile(backend="inductor" if self.is_gpu else "eager")  # at toy size without a compiler
-
     def free(self):
         """Give unused memory back, and start to measure the peak anew."""
         gc.collect()
@@ -153,9 +151,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self, limit):
-        if not self.is_gpu:
-            return "peak GPU memory", float("nan"), "(needs a GPU)", ""
-        return "peak GPU memory", torch.cuda.max_memory_reserved(self.device) / 2**30, "GiB", limit
+        return "peak GPU memory", torch.cuda.max_memory_reserved() / 2**30, "GiB", limit if self.is_gpu else ""
 
 
 def say(line):
@@ -315,7 +311,7 @@ def check_phase(bench, stage, compiled=False):
 
     if compiled:
         expected = trunk_alone()
-        bench.compile(trunk)
+        trunk.compile(**bench.compiler)
         yield "first pass", bench.clock(trunk_alone), "s", ""
         yield "features, relative difference", difference(trunk_alone(), expected), "", "≤ 0.05"
     bench.free()
@@ -355,7 +351,7 @@ def check_pictures(bench, compiled=False):
     call(train_head, **bench.settings(DATA_DIR=str(bench.folder / "data"), STEPS=1, WARMUP_STEPS=0))
     predictor = load_encoder(bench.folder / "run/head.pt", str(bench.device))
     if compiled:
-        bench.compile(predictor.encoders[0].trunk)
+        predictor.encoders[0].trunk.compile(**bench.compiler)
     files, n = [bench.folder / f"{i}.jpg" for i in range(s.n_files)], min(predictor.batch_size, s.n_files)
     for file, colours in zip(files, np.random.default_rng(0).integers(0, 256, (s.n_files, 32, 32, 3), np.uint8)):
         if not file.exists():  # the compiled check reads the same

@@ -1,14 +1,11 @@
 """The report's Table 4: the head on different trunks, trained on a short schedule, beside ridge regression.
 
-Reads DATA_DIR (prepared data, PCA). Writes to RUN_DIR trunks.csv, one row per trunk and method, and per trunk a folder
-with its best checkpoints and scores.json. Trunks that are there already are not trained again.
-
-SEEDS heads per trunk train together on the same batches and crops; they differ in initialisation and dropout. "ridge"
-is one ridge regression per subject on the pooled tokens of the same layers, fitted to whole training pictures, penalty
-by leave-one-out. Scores are of the validation split, which chose the heads' checkpoints: slightly optimistic for them.
+DATA_DIR (prepared data, PCA) -> RUN_DIR with trunks.csv, a row per trunk and method, and per trunk a folder with its
+best checkpoints and scores.json. Trunks that are there already are not trained again (docs/trunks.md).
 """
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +20,9 @@ from core.scores import median, r2_score
 from core.settings import check_same, constants, run
 from model import Trunk, UserError, trunk_outputs
 from tools import ridge
-from tools.vertices import draw_pictures, interval, resampled_scores, roi_masks
+from tools.vertices import draw_pictures, interval, resampled_scores
 
-TABLE_4 = {  # median R² (report)
-    "vit_base_patch16_224.mae": 0.1832,
-    "vit_base_patch16_224.dino": 0.1863,
-    "vit_base_patch16_224.augreg_in21k_ft_in1k": 0.1922,
-    "vit_base_patch16_clip_224.openai": 0.1958,
-    "vit_base_patch14_dinov2.lvd142m": 0.1968,
-    "vit_base_patch16_clip_224.laion2b": 0.1971,
-    "beitv2_base_patch16_224.in1k_ft_in22k": 0.1984,
-    "eva02_base_patch14_224.mim_in22k": 0.2019,
-    "eva02_base_patch16_clip_224.merged2b": 0.2023,
-}
+TABLE_4 = pd.read_csv(Path(__file__).with_name("table4.csv"), index_col="trunk")["median_r2"]  # (report)
 TABLE_4_SETTINGS = {  # (report, Tables 1, 2 and 4); only with these its numbers are shown beside ours
     "LAYERS": "0,2,4,6,8,10", "PCA_DIM": 2048, "SUBJECTS": 8, "STEPS": 1250, "BATCH_SIZE": 512, "IMAGE_SIZE": 224,
     "LATENT_DIM": 1024, "LEARNING_RATE": 6e-4, "MIN_LEARNING_RATE": 3e-5, "BETAS": (0.9, 0.99), "WEIGHT_DECAY": 0.8,
@@ -43,7 +30,7 @@ TABLE_4_SETTINGS = {  # (report, Tables 1, 2 and 4); only with these its numbers
 }  # fmt: skip
 
 RUN_DIR: str = "runs/trunks"  # table, figure and one folder per trunk
-TRUNKS: tuple[str, ...] = tuple(TABLE_4)  # timm names, separated by commas (report, Table 4)
+TRUNKS: tuple[str, ...] = tuple(TABLE_4.index)  # timm names, separated by commas (report, Table 4)
 SEEDS: int = 3  # heads per trunk
 RIDGE: bool = True  # false: without ridge regression
 
@@ -63,15 +50,15 @@ def head_settings(trunk, run_dir, i=0):
 def run_trunk(name, folder, data, pca, device, precision):
     """Train and score the heads of one trunk -> rows, see score_methods()."""
     (folder / "scores.json").unlink(missing_ok=True)  # before the checkpoints that it describes
-    settings = [head_settings(name, folder, i) for i in range(SEEDS)]
-    s = train_head
+    s, learners = train_head, []
     trunk = Trunk(name, s.LAYERS, s.IMAGE_SIZE, s.PRETRAINED, s.SEED)
-    learners = [
-        train_head.new_learner(trunk, s, f"seed-{i}.pt", data, pca, device, precision) for i, s in enumerate(settings)
-    ]
-    training.Run("heads", learners, data, pca, settings[0]).run()
-    if any(learner.failed for learner in learners):
-        raise UserError("; ".join(f"{learner.output}: {learner.failed}" for learner in learners if learner.failed))
+    for i in range(SEEDS):
+        options = head_settings(name, folder, i), f"seed-{i}.pt", data, pca, device, precision
+        learners.append(train_head.new_learner(trunk, *options))
+    training.Run("heads", learners, data, pca, head_settings(name, folder)).run()
+    failures = [f"{learner.output}: {learner.failed}" for learner in learners if learner.failed]
+    if failures:
+        raise UserError("; ".join(failures))
     for learner in learners:  # the best weights, not the last
         learner.encoder.head.load_state_dict(read_checkpoint(learner.output)["head"])
     return score_methods([learner.encoder for learner in learners], data, precision)
@@ -83,39 +70,36 @@ def score_methods(encoders, data, precision):
 
     All methods and trunks see the same resamples, in which a picture is drawn for all its subjects together.
     """
-    trunk, device = encoders[0].trunk, encoders[0].head.embed_bias.device
+    trunk, device, shape = encoders[0].trunk, encoders[0].head.embed_bias.device, data.space.mask.shape
     options = {"batch_size": train_head.MICRO_BATCH or train_head.BATCH_SIZE, "precision": precision}
     pictures = np.unique(data.image[data.samples("val")])
     latents = trunk_outputs(trunk, data.images[pictures], [e.eval().latents for e in encoders], **options)
     if RIDGE:
         pool = [lambda features: ridge.pool_tokens(trunk, features).cpu()]
         [pooled] = trunk_outputs(trunk, data.images[: data.n_training_images], pool, **options)
-    counts, no_ceiling = draw_pictures(len(pictures), RESAMPLES, train_head.SEED), np.array([np.nan])
-
-    def read(rows, mask):
-        return torch.from_numpy(data.read_activity(rows)[:, mask]).to(device, torch.float32)
-
-    r2, resampled, streams = [], [], []  # per subject
-    for s in range(len(data.space.subjects)):
-        rows, mask = data.samples("val", s), data.space.present(s)
-        activity, place = read(rows, mask), np.searchsorted(pictures, data.image[rows])
-        predictions = [encoder.predict(h[place], s)[:, mask] for encoder, h in zip(encoders, latents)]
+    counts = draw_pictures(len(pictures), RESAMPLES, train_head.SEED)
+    r2 = defaultdict(lambda: np.full(shape, np.nan))
+    resampled = defaultdict(lambda: np.full((RESAMPLES, *shape), np.nan, np.float32))
+    for s, mask in enumerate(data.space.mask.numpy()):
+        rows, train = data.samples("val", s), data.samples("train", s)
+        activity = torch.from_numpy(data.read_activity(rows)[:, mask]).to(device, torch.float32)
+        place = np.searchsorted(pictures, data.image[rows])
+        predictions = {("head", i): e.predict(latents[i][place], s)[:, mask] for i, e in enumerate(encoders)}
         if RIDGE:
-            train = data.samples("train", s)
-            fitted = ridge.fit(pooled[data.image[train]].to(device), read(train, mask))
-            predictions.append(ridge.predict(fitted, pooled[data.image[rows]].to(device)))
-        r2.append([r2_score(activity, prediction).numpy() for prediction in predictions])
-        pairs = [(activity.cpu(), prediction.cpu()) for prediction in predictions]
-        resampled.append([resampled_scores(*pair, counts[:, place], no_ceiling)["r2"] for pair in pairs])
-        areas = roi_masks(data.space, s).items()
-        streams.append({roi: inside[mask] for (group, roi), inside in areas if group == "streams" and roi != "all"})
-    table = []
-    for i, (method, seed) in enumerate([*(("head", i) for i in range(len(encoders))), ("ridge", 0)][: len(r2[0])]):
-        row = {"method": method, "seed": seed, "val_r2": median(np.concatenate([scores[i] for scores in r2]))}
-        for roi in streams[0]:
-            row[f"val_r2_{roi}"] = median(np.concatenate([scores[i][part[roi]] for scores, part in zip(r2, streams)]))
-        row["resampled"] = np.nanmedian(np.concatenate([values[i] for values in resampled], 1), axis=1).tolist()
-        table.append(row)
+            targets = torch.from_numpy(data.read_activity(train)[:, mask]).to(device, torch.float32)
+            fitted = ridge.fit(pooled[data.image[train]].to(device), targets)
+            predictions["ridge", 0] = ridge.predict(fitted, pooled[data.image[rows]].to(device))
+        for key, prediction in predictions.items():
+            r2[key][s, mask] = r2_score(activity, prediction)
+            repeated = resampled_scores(activity.cpu(), prediction.cpu(), counts[:, place], np.nan)
+            resampled[key][:, s, mask] = repeated["r2"]
+    streams, table = data.space.rois.get("streams", {"names": {}}), []
+    for (method, seed), scores in r2.items():
+        row = {"method": method, "seed": seed, "val_r2": median(scores)}
+        for label, name in streams["names"].items():
+            if label > 0:
+                row[f"val_r2_{name}"] = median(scores[streams["labels"].numpy() == label])
+        table.append(row | {"resampled": np.nanmedian(resampled[method, seed], axis=(1, 2)).tolist()})
     return table
 
 
@@ -130,9 +114,8 @@ def summarise(results, with_report=False):
     table = table.sort_values("val_r2", ascending=False)
     resampled = groups["resampled"].apply(lambda lists: np.mean(list(lists), axis=0))[table.index]
     difference = table["val_r2"] - table["val_r2"].iloc[0]
-    intervals = [interval(d, values - resampled.iloc[0]) for d, values in zip(difference, resampled)]
+    low, high = np.transpose([interval(d, values - resampled.iloc[0]) for d, values in zip(difference, resampled)])
     report = [TABLE_4.get(trunk) if with_report and method == "head" else None for trunk, method in table.index]
-    low, high = np.transpose(intervals)
     return table.assign(report=report, difference=difference, low=low, high=high).reset_index()
 
 
@@ -166,7 +149,7 @@ def main():
             Trunk(name, train_head.LAYERS, train_head.IMAGE_SIZE, pretrained=False)
     data, pca, device, precision = train_head.load_inputs(constants(globals()))
     inputs = record_inputs(constants(globals()) | {"TRUNKS": ""}, data, pca, precision)
-    folder, with_report, results, failures = Path(RUN_DIR), has_report_settings(data, pca), {}, []
+    folder, results, failures = Path(RUN_DIR), {}, []
     with lock(folder):
         for path in sorted(folder.glob("*/scores.json")):
             if not OVERWRITE or path.parent.name not in TRUNKS:
@@ -184,7 +167,7 @@ def main():
                 file.write(json.dumps({"inputs": inputs, "rows": results[name]}).encode())
             (folder / name / "heads.state.pt").unlink()  # large, no longer needed
         if results:
-            table = summarise(results, with_report)
+            table = summarise(results, has_report_settings(data, pca))
             with atomic_write(folder / "trunks.csv") as file:
                 table.to_csv(file, index=False)
             print_table(table, data)

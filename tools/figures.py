@@ -142,14 +142,11 @@ def figure_4c(table, unit):
     groups, x = table.index.get_level_values("roi_group"), np.arange(len(table))
     figure, axes = plt.subplots(figsize=(14, 5), layout="constrained")
     for (side, colour), shift in zip(COLOURS.items(), (-0.18, 0.18)):
-        own, label = table[f"{side[0]}h"], "median of the subjects"
-        if len(own.columns) > 1:
-            points = axes.plot(x + shift, own, ".", color=colour, alpha=0.5)
-            points[0].set_label(f"one subject, {side}")
-        else:
-            label = own.columns[0]
+        own = table[f"{side[0]}h"]
+        points = axes.plot(x + shift, own, ".", color=colour, alpha=0.5)
         bars = axes.plot(x + shift, own.median(axis=1), "_", color=colour, markersize=12, markeredgewidth=3)
-        bars[0].set_label(f"{label}, {side}")
+        points[0].set_label(f"one subject, {side}")
+        bars[0].set_label(f"median of the subjects, {side}")
     for start in np.flatnonzero(~groups.duplicated()):
         axes.axvline(start - 0.5, color="black", linewidth=0.8)
         axes.text(start - 0.4, 1.02, groups[start], transform=axes.get_xaxis_transform())

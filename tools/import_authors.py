@@ -28,13 +28,13 @@ LAYERS = "0,2,4,6,8,10"  # (report, Table 1)
 SUBJECTS = [f"subj0{i}" for i in range(1, 9)]  # their order
 
 
-def read_weights(path):
-    """-> their dict {epoch, metric, trunk, encoder}; no code in the file is run."""
+def read_weights():
+    """WEIGHTS -> the authors' dict {epoch, metric, trunk, encoder}; no code in the file is run."""
     scalar = [np.float64, np.dtype, np.dtypes.Float64DType, np._core.multiarray.scalar]  # type of "metric"
     with torch.serialization.safe_globals([*scalar, (scalar[-1], "numpy.core.multiarray.scalar")]):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(WEIGHTS, map_location="cpu", weights_only=True)
     if not {"trunk", "encoder"} <= set(content) or "embed.weight" not in content["encoder"]:
-        raise UserError(f"{path} is not a phase 1 or phase 2 file of the authors.")
+        raise UserError(f"{WEIGHTS} is not a phase 1 or phase 2 file of the authors.")
     return content
 
 
@@ -62,12 +62,10 @@ def convert_head(theirs, subjects):
 def main():
     if Path(CHECKPOINT).exists() and not OVERWRITE:
         raise UserError(f"{CHECKPOINT} exists; choose another CHECKPOINT, or --overwrite.")
-    data = prepare_data.load(DATA_DIR)
+    data, content = prepare_data.load(DATA_DIR), read_weights()
     space = data.space
     if data.splits != "authors" or not set(space.subjects) <= set(SUBJECTS):  # their training pictures would be scored
-        message = "does not have the authors' splits and subjects: run prepare_data.py --splits authors first."
-        raise UserError(f"{DATA_DIR} {message}")
-    content = read_weights(WEIGHTS)
+        raise UserError(f"{DATA_DIR} lacks the authors' splits and subjects: prepare the data with --splits authors.")
     weights = convert_head(content["encoder"], space.subjects)
     n_subjects, pca_dim, latent_dim = weights["subject_weight"].shape
     n_vertices = len(weights["embed_bias"])
@@ -82,11 +80,11 @@ def main():
         trunk.requires_grad_(True)  # the checkpoint stores all of it
     head = Head(trunk.feature_shapes, latent_dim, pca_dim, n_subjects, n_vertices)
     head.load_state_dict(weights)
-    made_with = {"published": Path(WEIGHTS).name, "data_fingerprint": data.fingerprint}
     with lock(Path(CHECKPOINT).parent):
         save_checkpoint(
-            CHECKPOINT, Encoder(trunk, head), space=space, made_with=made_with, scores={}, step=content.get("epoch"),
-            finished=True, train_nsd_ids=data.nsd_ids[data.image[data.samples("train")]],
+            CHECKPOINT, Encoder(trunk, head), space=space, scores={}, step=content.get("epoch"), finished=True,
+            made_with={"published": Path(WEIGHTS).name, "data_fingerprint": data.fingerprint},
+            train_nsd_ids=data.nsd_ids[data.image[data.samples("train")]],
         )  # fmt: skip
     print(f"wrote {CHECKPOINT}: {n_subjects} subjects, {n_vertices} vertices, phase {2 if whole else 1}")
 

@@ -1,12 +1,8 @@
 """Your own person's pictures and activity -> a folder in the challenge's layout, for prepare_data.py and tools.adapt.
 
 ROWS names the picture that each row of activity shows. Every session is z-scored if there is a column for it, then rows
-of the same picture are averaged. Pictures are numbered in the order of their first row. CHALLENGE_DIR/SUBJECT gets
-
-    training_split    training_images/train-00001.png …, with _nsd-00013 where there is an nsd id, and training_fmri
-    test_split        likewise, for rows whose split is test
-    roi_masks         {lh,rh}.all-vertices_fsaverage_space.npy
-    pictures.csv      which file shows which picture, and its number of rows
+of the same picture are averaged. CHALLENGE_DIR/SUBJECT gets training_split, test_split (rows whose split is test),
+roi_masks, and pictures.csv, which says which file shows which picture. Example: docs/adapt.md
 """
 
 from pathlib import Path
@@ -62,8 +58,7 @@ def read_hemisphere(activity_path, vertices_path, rows):
 def read_rows():
     """ROWS -> DataFrame picture, split, nsd_id (-1: none) and, if it is there, session."""
     rows = pd.read_csv(ROWS, dtype={"picture": str, "split": str})
-    for column, default in (("split", "train"), ("nsd_id", -1)):
-        rows[column] = rows[column].fillna(default) if column in rows else default
+    rows = rows.combine_first(pd.DataFrame({"split": "train", "nsd_id": -1}, rows.index))
     if rows["picture"].isna().any() or not rows["split"].isin(["train", "test"]).all():
         raise UserError(f"{ROWS} needs a file name in column picture of every line; column split holds train or test.")
     if rows.groupby("picture")[["split", "nsd_id"]].nunique().gt(1).any(axis=None):
@@ -74,7 +69,7 @@ def read_rows():
 
 
 def main():
-    rows, output, failures = read_rows(), Path(CHALLENGE_DIR) / SUBJECT, []
+    rows, output = read_rows(), Path(CHALLENGE_DIR) / SUBJECT
     paths = (LH_ACTIVITY, LH_VERTICES), (RH_ACTIVITY, RH_VERTICES)
     hemispheres = {hemi: read_hemisphere(*pair, rows) for hemi, pair in zip(HEMIS, paths)}
     by_picture = rows.groupby("picture", sort=False)
@@ -82,6 +77,7 @@ def main():
     number = pictures.groupby("split").cumcount().add(1).map("-{:05d}".format)
     ids = pictures["nsd_id"].map("_nsd-{:05.0f}".format).where(pictures["nsd_id"] >= 0, "")
     pictures["file"] = pictures["split"] + number + ids + ".png"
+    failures = []
     with output_folder(output, OVERWRITE, marker="pictures.csv") as folder:
         for split, part in pictures.groupby("split"):
             name = split.replace("train", "training")

@@ -19,8 +19,7 @@ def pool_tokens(trunk, features):
     """features: per layer (n, n_tokens, n_channels) -> x (n, n_features) float32: class token (where the trunk has one)
     and mean patch token of every layer; registers are left out."""
     n_class = int(getattr(trunk.vit, "cls_token", None) is not None)
-    means = [x[:, trunk.n_prefix :].float().mean(1, keepdim=True) for x in features]
-    tokens = [torch.cat([x[:, :n_class], mean], dim=1) for x, mean in zip(features, means)]
+    tokens = [torch.cat([x[:, :n_class], x[:, trunk.n_prefix :].float().mean(1, keepdim=True)], 1) for x in features]
     return torch.cat(tokens, dim=1).flatten(1)
 
 

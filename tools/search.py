@@ -1,18 +1,13 @@
 """Search for good constants of phase 1 by Bayesian optimisation, HEADS trials at a time on one pass of the trunk.
 
-Reads DATA_DIR (prepared data, PCA). Writes to RUN_DIR: head.pt, the best trial's checkpoint; search.csv, one row per
-trial; study.journal, Optuna's storage. The same command continues a study, and several processes may share one; the
-trials of a killed process do not count. The authors ran roughly 50 trials on the validation median R² (report, Training
-recipe); the ranges below are ours.
+DATA_DIR (prepared data, PCA) -> RUN_DIR with head.pt, the best trial's checkpoint, search.csv, one row per trial, and
+study.journal, Optuna's storage. The same command continues a study; several processes may share one (docs/search.md).
 """
 
 import contextlib
 import copy
 import math
 import shlex
-import shutil
-import tempfile
-import warnings
 from pathlib import Path
 
 import filelock
@@ -24,7 +19,7 @@ from optuna.trial import TrialState
 
 import train_head
 from core import training
-from core.files import atomic_write, lock
+from core.files import atomic_write
 from core.settings import check_same, constants, run
 from model import Trunk, UserError
 from tools.compare_trunks import record_inputs
@@ -48,49 +43,27 @@ SHARED = train_head, """DATA_DIR TRUNK PRETRAINED IMAGE_SIZE CROP_SCALE BATCH_SI
 USUAL = constants(vars(train_head))  # as the file has them
 
 
-def distributions(n_components):
-    """{constant: Optuna distribution}. n_components: of the PCA."""
-    pca_dims = [min(end, n_components) for end in PCA_DIM_RANGE]
-    return {
+def search_space(n_components):
+    """-> {constant: Optuna distribution}, and train_head.py's constants (report, Table 2) moved into these ranges, for
+    the first trial. n_components: of the PCA."""
+    layers = [part.strip() for part in LAYERS_CHOICES.split(";")]
+    ranges = {
         "LEARNING_RATE": FloatDistribution(*LEARNING_RATE_RANGE, log=True),
         "WEIGHT_DECAY": FloatDistribution(*WEIGHT_DECAY_RANGE, log=True),
         "FEATURE_DROPOUT": FloatDistribution(*FEATURE_DROPOUT_RANGE),
         "LATENT_DIM": IntDistribution(*LATENT_DIM_RANGE, step=8),  # GPUs multiply matrices of such sizes faster
-        "PCA_DIM": IntDistribution(*pca_dims, step=8),
-        "LAYERS": CategoricalDistribution([part.strip() for part in LAYERS_CHOICES.split(";")]),
+        "PCA_DIM": IntDistribution(*(min(end, n_components) for end in PCA_DIM_RANGE), step=8),
     }
+    usual = {name: getattr(train_head, name) for name in ranges} | {"PCA_DIM": train_head.PCA_DIM or math.inf}
+    usual = {name: min(max(usual[name], kind.low), kind.high) for name, kind in ranges.items()}
+    return ranges | {"LAYERS": CategoricalDistribution(layers)}, usual | {"LAYERS": layers[0]}
 
 
-def usual_constants(space):
-    """train_head.py's constants (report, Table 2), moved into the ranges: for the first trial."""
-    usual = {name: getattr(train_head, name) for name in space} | {"PCA_DIM": train_head.PCA_DIM or math.inf}
-    numbers = {name: min(max(usual[name], kind.low), kind.high) for name, kind in space.items() if name != "LAYERS"}
-    return numbers | {"LAYERS": space["LAYERS"].choices[0]}
-
-
-def trial_settings(params, run_dir):
+def trial_settings(params):
     """All constants of a trial, so that train_head.py with them trains the same head."""
-    settings = constants(vars(train_head)) | params
+    settings = constants(vars(train_head)) | {"RUN_DIR": RUN_DIR, "STEPS": STEPS, "WARMUP_STEPS": STEPS // 20} | params
     decay = train_head.MIN_LEARNING_RATE / train_head.LEARNING_RATE  # a twentieth in the report
-    schedule = {"STEPS": STEPS, "WARMUP_STEPS": STEPS // 20, "MIN_LEARNING_RATE": decay * settings["LEARNING_RATE"]}
-    return settings | schedule | {"RUN_DIR": str(run_dir)}
-
-
-def study_lock(folder):
-    """Held while trials are drawn or recorded; other processes wait for it."""
-    return filelock.FileLock(folder / ".lock")
-
-
-def living_rounds(folder):
-    """Names of the rounds whose process holds their lock. The folders of killed ones are removed."""
-    living = set()
-    for round_dir in folder.glob("round-*"):
-        try:
-            with lock(round_dir):
-                shutil.rmtree(round_dir)
-        except filelock.Timeout:
-            living.add(round_dir.name)
-    return living
+    return settings | {"MIN_LEARNING_RATE": decay * settings["LEARNING_RATE"]}
 
 
 def open_study(folder, inputs):
@@ -99,8 +72,9 @@ def open_study(folder, inputs):
     if not journal.exists() and (folder / "head.pt").exists():
         raise UserError(f"{folder} holds the head.pt of another run: choose another RUN_DIR.")
     if OVERWRITE:
-        if living_rounds(folder):
-            raise UserError(f"another process is working on the study in {folder}.")
+        for path in folder.glob(".trial-*"):
+            with trial_lock(path):  # filelock.Timeout: another process is training it
+                pass
         for name in ("study.journal", "head.pt", "search.csv"):
             (folder / name).unlink(missing_ok=True)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
@@ -111,30 +85,25 @@ def open_study(folder, inputs):
 
 
 @contextlib.contextmanager
-def new_round(study, folder, space):
-    """Draw up to HEADS trials -> (a folder to train them in, removed at the end; trials, none if TRIALS are reached).
+def trial_lock(path):
+    """Held while a trial is trained; the file is removed at the end."""
+    with filelock.FileLock(path, timeout=0):
+        yield
+        path.unlink()
 
-    Trials count if they have a score, diverged, or are being trained by a living process.
-    """
-    with contextlib.ExitStack() as held:
-        with study_lock(folder):
-            living = living_rounds(folder)
-            for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-                if trial.user_attrs.get("round") not in living:  # killed; the sampler would wait for its score
-                    study.tell(trial.number, state=TrialState.FAIL)
-            trials = study.get_trials(deepcopy=False)
-            n_counted = sum(t.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING) for t in trials)
-            if not n_counted:
-                study.enqueue_trial(usual_constants(space))
-            round_dir = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="round-", dir=folder)))
-            held.enter_context(lock(round_dir))
-            seed = np.random.default_rng([train_head.SEED, 4, len(trials)]).integers(2**31)
-            study.sampler = optuna.samplers.GPSampler(seed=int(seed), n_startup_trials=8)  # eight are random
-            drawn = []
-            for _ in range(min(HEADS, TRIALS - n_counted)):
-                drawn.append(study.ask(space))
-                drawn[-1].set_user_attr("round", round_dir.name)
-        yield round_dir, drawn
+
+def draw_trials(study, folder, space, usual):
+    """Up to HEADS new trials, none if TRIALS are reached. Those whose process was killed do not count."""
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        with contextlib.suppress(filelock.Timeout), trial_lock(folder / f".trial-{trial.number}"):
+            study.tell(trial.number, state=TrialState.FAIL)  # killed; the sampler would wait for its score
+    trials = study.get_trials(deepcopy=False)
+    n_counted = sum(trial.state != TrialState.FAIL for trial in trials)
+    if not n_counted:
+        study.enqueue_trial(usual)
+    seed = np.random.default_rng([train_head.SEED, 4, len(trials)]).integers(2**31)
+    study.sampler = optuna.samplers.GPSampler(seed=int(seed), n_startup_trials=8)  # eight are random
+    return [study.ask(space) for _ in range(min(HEADS, TRIALS - n_counted))]
 
 
 class Round(training.Run):
@@ -144,7 +113,6 @@ class Round(training.Run):
         learner.failed = "diverged"
 
     def record(self, learner, scores, seconds):
-        learner.log.append(scores)
         if scores["val_r2"] > learner.best:
             learner.best = scores["val_r2"]
             learner.at_best = copy.deepcopy((learner.state()["weights"], learner.step, scores))
@@ -161,17 +129,20 @@ def write_head(path, learner, data):
 
 
 def record_round(study, folder, trials, learners, data):
-    """Record the scores of a round. head.pt is replaced first, so that it is never worse than a recorded trial."""
+    """Record the scores of a round. head.pt is replaced first, so that it is never worse than a recorded trial.
+
+    search.csv: trial, val_r2, state (COMPLETE; PRUNED: diverged; FAIL: killed; RUNNING), constants.
+    """
     scores = [-math.inf if learner.failed else learner.best for learner in learners]
-    with study_lock(folder):
-        if max(scores) > best_score(study):
-            write_head(folder / "head.pt", learners[np.argmax(scores)], data)
-        for trial, score in zip(trials, scores):
-            if score > -math.inf:
-                study.tell(trial, score)
-            else:
-                study.tell(trial, state=TrialState.PRUNED)
-        write_results(study, folder)
+    if max(scores) > best_score(study):
+        write_head(folder / "head.pt", learners[np.argmax(scores)], data)
+    for trial, score in zip(trials, scores):
+        outcome = {"values": score} if score > -math.inf else {"state": TrialState.PRUNED}
+        study.tell(trial, **outcome)
+    table = study.trials_dataframe(("number", "value", "state", "params"))
+    table.columns = table.columns.str.removeprefix("params_")
+    with atomic_write(folder / "search.csv") as file:
+        table.rename(columns={"number": "trial", "value": "val_r2"}).to_csv(file, index=False)
 
 
 def best_score(study):
@@ -179,48 +150,46 @@ def best_score(study):
     return max((trial.value for trial in trials), default=-math.inf)
 
 
-def write_results(study, folder):
-    """search.csv: trial, val_r2, state (COMPLETE; PRUNED: diverged; FAIL: killed; RUNNING), constants."""
-    table = study.trials_dataframe(("number", "value", "state", "params"))
-    table = table.rename(columns=lambda name: name.removeprefix("params_"))
-    with atomic_write(folder / "search.csv") as file:
-        table.rename(columns={"number": "trial", "value": "val_r2"}).to_csv(file, index=False)
-
-
 def winner_command(params, folder):
     """The command line that trains the winner with train_head.py's schedule."""
-    settings = trial_settings(params, f"{folder}_full") | {name: USUAL[name] for name in ("STEPS", "WARMUP_STEPS")}
+    own = {"RUN_DIR": f"{folder}_full", "STEPS": USUAL["STEPS"], "WARMUP_STEPS": USUAL["WARMUP_STEPS"]}
+    settings = trial_settings(params) | own
     options = [f"--{name.lower()}={value}" for name, value in settings.items() if value != USUAL[name]]
     return shlex.join(["python", "train_head.py", *options])
 
 
 def main():
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # otherwise a line per trial
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     data, pca, device, precision = train_head.load_inputs(constants(globals()))
     inputs = record_inputs(constants(globals()) | {"TRIALS": "", "HEADS": ""}, data, pca, precision)
-    space = distributions(pca.components.shape[1])
-    training.check_settings(trial_settings({"FEATURE_DROPOUT": FEATURE_DROPOUT_RANGE[1]}, RUN_DIR))
+    space, usual = search_space(pca.components.shape[1])
+    training.check_settings(trial_settings({"FEATURE_DROPOUT": FEATURE_DROPOUT_RANGE[1]}))
     s, layers = train_head, ",".join(space["LAYERS"].choices)
     trunk = Trunk(s.TRUNK, layers, s.IMAGE_SIZE, s.PRETRAINED, s.SEED)
     folder = Path(RUN_DIR)
     folder.mkdir(parents=True, exist_ok=True)
-    with study_lock(folder):
+    study_lock = filelock.FileLock(folder / ".lock")  # other processes wait for it
+    with study_lock:
         study = open_study(folder, inputs)
     while True:
-        with new_round(study, folder, space) as (round_dir, trials):
+        with contextlib.ExitStack() as held:
+            with study_lock:
+                trials = draw_trials(study, folder, space, usual)
+                for trial in trials:
+                    held.enter_context(trial_lock(folder / f".trial-{trial.number}"))
             if not trials:
                 break
-            settings, learners = [trial_settings(trial.params, round_dir / "heads") for trial in trials], []
-            for own, trial in zip(settings, trials):
-                options = own, f"trial-{trial.number:04d}.pt", data, pca, device, precision
+            learners = []
+            for trial in trials:
+                options = trial_settings(trial.params), f"trial-{trial.number:04d}.pt", data, pca, device, precision
                 learners.append(train_head.new_learner(trunk, *options))
-            Round("search", learners, data, pca, settings[0]).run()
-            record_round(study, folder, trials, learners, data)
+            Round("search", learners, data, pca, trial_settings({})).train()
+            with study_lock:
+                record_round(study, folder, trials, learners, data)
         print(f"finished trials {trials[0].number} to {trials[-1].number}, best so far {best_score(study):.4f}")
     if best_score(study) == -math.inf:
         raise UserError(f"all trials in {folder / 'search.csv'} diverged: lower LEARNING_RATE_RANGE.")
-    with study_lock(folder):
+    with study_lock:
         (folder / ".lock").unlink()
     best = study.best_trial
     print(f"best: trial {best.number}, validation median R² {best.value:.4f}, {best.params}")
