@@ -20,23 +20,21 @@ except ImportError:  # without BERG the class works by itself
 class EncodingModel(BaseModelInterface):
     """subject: 1 to 8. selection: {"roi": name} or {"lh_vertices": (163842,) 0/1, "rh_vertices": …}; None: all."""
 
-    MODEL_ID = "fmri-nsd_fsaverage-blobgpt"
     CHECKPOINT = "encoding_models/modality-fmri/train_dataset-nsd_fsaverage/model-blobgpt/finetuned.pt"
 
     def __init__(self, subject, selection=None, device="auto", berg_dir=None):
         self.subject, self.selection, self.device, self.berg_dir = subject, selection or {}, device, berg_dir
 
     def load_model(self, device=None):
-        self.model, self.chosen = load_encoder(Path(self.berg_dir) / self.CHECKPOINT, device or self.device), {}
-        for hemi in HEMIS:
-            self.chosen[hemi] = np.flatnonzero(self.selection.get(f"{hemi}_vertices", np.ones(N_FSAVERAGE)))
-        if self.selection.get("roi"):
-            self.chosen = rois_on_fsaverage(self.model.space, self.subject)[self.selection["roi"]]
+        self.model = load_encoder(Path(self.berg_dir) / self.CHECKPOINT, device or self.device)
+        every, roi = np.ones(N_FSAVERAGE), self.selection.get("roi")
+        self.chosen = {hemi: np.flatnonzero(self.selection.get(f"{hemi}_vertices", every)) for hemi in HEMIS}
+        if roi:
+            self.chosen = rois_on_fsaverage(self.model.space, self.subject)[roi]
 
     def generate_response(self, stimulus, show_progress=True):
         """stimulus (n, 3, size, size) uint8 -> lh, rh (n, n_selected) float32, NaN where nothing is predicted."""
-        size = (PICTURE_SIZE, PICTURE_SIZE)
-        images = [Image.fromarray(x).resize(size, Image.Resampling.BICUBIC) for x in stimulus.transpose(0, 2, 3, 1)]
+        images = [Image.fromarray(x).resize((PICTURE_SIZE, PICTURE_SIZE)) for x in stimulus.transpose(0, 2, 3, 1)]
         activity = self.model.predict(np.stack(images), f"subj{self.subject:02d}").to_fsaverage()
         return tuple(activity[hemi][:, self.chosen[hemi]] for hemi in HEMIS)
 
@@ -51,7 +49,7 @@ class EncodingModel(BaseModelInterface):
 
     @classmethod
     def get_model_id(cls):
-        return cls.MODEL_ID
+        return "fmri-nsd_fsaverage-blobgpt"
 
     def cleanup(self):
         self.model = None
@@ -59,8 +57,6 @@ class EncodingModel(BaseModelInterface):
 
 def rois_on_fsaverage(space, subject):
     """{ROI: {hemi: vertices of fsaverage}} of subject 1 to 8."""
-    index, rois = space.subjects.index(f"subj{subject:02d}"), {}
-    for (_, roi), region in reversed(roi_masks(space, index).items()):
-        columns = {hemi: np.intersect1d(space.columns(index, hemi), np.flatnonzero(region)) for hemi in HEMIS}
-        rois[roi] = {hemi: space.vertices.numpy()[columns[hemi]] for hemi in HEMIS}
-    return rois
+    masks = reversed(roi_masks(space, space.subjects.index(f"subj{subject:02d}")).items())
+    vertices, n = space.vertices.numpy(), space.n_lh
+    return {roi: {"lh": vertices[:n][region[:n]], "rh": vertices[n:][region[n:]]} for (_, roi), region in masks}

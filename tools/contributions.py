@@ -1,4 +1,4 @@
-"""A prediction is exactly a sum over layers l and tokens n, that is, places of the picture; a_l: slope of Head.combine:
+"""A prediction is exactly a sum over layers l and tokens n, that is, places of the picture (docs/explain.md):
 
 y = constant + sum_l sum_n k_l[n],    k_l[n] = sum_d g[d] a_l[d] S_l[d,n] (W_l x_l[n])[d],    g = E (A + B_s)
 """
@@ -13,10 +13,7 @@ from model import UserError, trunk_outputs
 
 class Decomposition:
     """y = constant + sum_l sum_n terms[l,n] @ weights.T for the vertices (columns) of a subject (an index or None).
-
-    constant (n_vertices,), weights (n_vertices, latent_dim), slopes (n_layers, latent_dim) are measured on the head's
-    functions.
-    """
+    constant (n_vertices,), weights (n_vertices, latent_dim), slopes (n_layers, latent_dim): measured on the head."""
 
     def __init__(self, encoder, subject, columns):
         self.encoder, self.subject, self.columns, head = encoder, subject, columns, encoder.head
@@ -77,7 +74,6 @@ def describe_fields(tokens, layers, encoder):
         positive = np.clip(share, 0, None)
         depth = positive @ encoder.layers / positive.sum(1)
         prefix_share = tokens[:n_prefix].sum(0) / tokens.sum(0)
-    variance = field @ (x**2 + y**2) - (field @ x) ** 2 - (field @ y) ** 2
-    fields = {"x": field @ x, "y": field @ y, "size": np.sqrt(variance / 2), "depth": depth}
-    fields |= {"layer_share": share, "prefix_share": prefix_share, "layers": encoder.layers}
-    return fields | {"field": field.reshape(-1, *grid).astype(np.float16)}
+    size = np.sqrt((field @ (x**2 + y**2) - (field @ x) ** 2 - (field @ y) ** 2) / 2)
+    fields = dict(x=field @ x, y=field @ y, size=size, depth=depth, layer_share=share, prefix_share=prefix_share)
+    return fields | dict(layers=encoder.layers, field=field.reshape(-1, *grid).astype(np.float16))

@@ -22,7 +22,7 @@ from core.scores import r2_score
 from core.settings import constants, run
 from core.space import HEMIS
 from model import UserError
-from tools import figures, page
+from tools import figures
 from tools.pictures import plural
 from tools.vertices import draw_pictures, find, interval, resampled_scores, roi_masks
 
@@ -289,7 +289,7 @@ def main():
         write_scores(folder, what, parts, reported, data.space)
         if FIGURES:
             figures.save_all(folder, data.space, parts[0], predictor, OUTLINES, FSAVERAGE_DIR, SEED)
-            page.write_page(folder, f"{source} on {SPLITS[split]}", number, table, parts[0], data.space, what)
+            figures.write_page(folder, f"{source} on {SPLITS[split]}", number, table, parts[0], data.space, what)
     print(f"wrote {OUTPUT_DIR or output}")
 
 

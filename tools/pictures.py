@@ -1,6 +1,5 @@
-"""Picture files of any common format and shape -> what the model sees: the largest centred square at 256 x 256 px.
-Files are read as a viewer shows them: rotated as EXIF says, transparent parts on white, the first frame of several.
-"""
+"""Picture files of any common format and shape -> what the model sees: the largest centred square at 256 x 256 px,
+as a viewer shows it: rotated as EXIF says, transparent parts on white, the first frame of several."""
 
 import glob
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image, ImageOps
 
@@ -98,8 +98,7 @@ def read_batches(paths, batch_size, failures):
         for start in range(0, len(paths) + batch_size, batch_size):
             batch, coming = coming, [pool.submit(read_picture, path) for path in paths[start : start + batch_size]]
             failures += [str(future.exception()) for future in batch if future.exception()]
-            pictures = [future.result() for future in batch if not future.exception()]
-            if pictures:
+            if pictures := [future.result() for future in batch if not future.exception()]:
                 yield pictures
 
 
@@ -116,12 +115,12 @@ def predict_files(predictor, paths, failures):
 
 
 def list_pictures(pictures):
-    """[Picture] -> rows of pictures.csv. picture: a name that can serve in file names, whatever the file is called."""
+    """[Picture] -> pictures.csv, a table. picture: a name that can serve in file names, whatever the file is called."""
     rows = []
     for row, p in enumerate(pictures):
         name = f"{row:03d}_" + re.sub(r"[^A-Za-z0-9-]+", "_", p.path.stem)[:60]
-        rows.append(dict(picture=name, file=shown(p.path), width=p.width, height=p.height, note=p.note))
-    return rows
+        rows.append((name, shown(p.path), p.width, p.height, p.note))
+    return pd.DataFrame(rows, columns=["picture", "file", "width", "height", "note"]).rename_axis("row")
 
 
 def report(pictures, failures):
@@ -130,5 +129,5 @@ def report(pictures, failures):
         if picture.note:
             print(f"warning: {shown(picture.path)}: {picture.note}")
     if failures:
-        count = plural(len(failures), "picture")
-        raise UserError("\n".join([f"{count} could not be read and had to be skipped:", *failures]))
+        head = f"{plural(len(failures), 'picture')} could not be read and had to be skipped:"
+        raise UserError("\n".join([head, *failures]))

@@ -1,24 +1,22 @@
-"""Predict activity for your own pictures. python -m tools.predict_pictures --images photo.jpg --subject subj01,group
-
-OUTPUT_DIR gets the predicted activity, ROI means, maps and GIFTI files that docs/pictures.md describes.
-"""
+"""Predict activity for your own pictures. python -m tools.predict_pictures --images photo.jpg --subject subj01,group"""
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from nibabel import gifti
 
 import predict
 from core.files import output_folder
 from core.settings import run
-from core.space import HEMIS, N_FSAVERAGE
+from core.space import HEMIS
 from tools.flatmap import FlatMap, describe_maps, fit_limits, save_figure
 from tools.pictures import find_pictures, list_pictures, plural, predict_files, read_picture, report
 from tools.vertices import roi_masks
 
 IMAGES: str = ""  # files, folders and globs, separated by commas
 SUBJECT: str = "all"  # names separated by commas, group (subject-agnostic), or all
-OUTPUT_DIR: str = "predictions"  # output
+OUTPUT_DIR: str = "predictions"  # output: activity, ROI means, maps and GIFTI files, described in docs/pictures.md
 MAPS: int = 20  # draw maps and write GIFTI files for up to so many pictures; 0: never
 OUTLINES: str = "streams"  # ROI group outlined on maps; empty: none
 FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
@@ -43,8 +41,7 @@ def average_rois(activity, space, subject):
 
 
 def save_arrays(folder, space, subject, **arrays):
-    """name_{lh,rh}.npy: arrays (n_vertices of the common space,) at a subject's vertices, in the challenge's order,
-    and which vertices of fsaverage (or pixels of NSD-Flat's maps) these are."""
+    """name_{lh,rh}.npy of arrays (n_vertices of the common space,) at a subject's vertices, and which these are."""
     folder.mkdir(exist_ok=True)
     arrays["fsaverage" if space.unit == "vertices" else "pixels"] = space.vertices.numpy()
     for name, values in arrays.items():
@@ -52,28 +49,27 @@ def save_arrays(folder, space, subject, **arrays):
             np.save(folder / f"{name}_{hemi}.npy", values[space.columns(subject, hemi)])
 
 
-def save_gifti(stem, space, maps):
-    """stem_{lh,rh}.func.gii with maps {name: (n_vertices,)} on fsaverage, NaN where the model has no vertex."""
-    for hemi in HEMIS if space.unit == "vertices" else ():
-        image, columns = gifti.GiftiImage(), space.columns(None, hemi)
-        for name, values in maps.items():
-            full = np.full(N_FSAVERAGE, np.nan, np.float32)
-            full[space.vertices.numpy()[columns]] = values[columns]
-            image.add_gifti_data_array(gifti.GiftiDataArray(full, "NIFTI_INTENT_NONE", meta={"Name": name}))
-        image.meta["AnatomicalStructurePrimary"] = {"lh": "CortexLeft", "rh": "CortexRight"}[hemi]
+def save_gifti(stem, space, subject, maps):
+    """stem_{lh,rh}.func.gii on fsaverage. maps {name: (n_vertices of the common space,)}; NaN without a vertex."""
+    full = predict.Activity(torch.from_numpy(np.stack([maps[name] for name in maps])), space, subject).to_fsaverage()
+    for hemi, side in {"lh": "CortexLeft", "rh": "CortexRight"}.items() if space.unit == "vertices" else ():
+        image = gifti.GiftiImage(meta=gifti.GiftiMetaData(AnatomicalStructurePrimary=side))
+        for name, array in zip(maps, full[hemi]):
+            image.add_gifti_data_array(gifti.GiftiDataArray(array, "NIFTI_INTENT_NONE", meta={"Name": name}))
         image.to_filename(f"{stem}_{hemi}.func.gii")
 
 
-def save_map(path, flat, values, limits, label, outlines, title, image=None):
-    """A flat map of values (n_vertices,), NaN where missing, and the picture beside it if there is one."""
+def save_map(path, flat, subject, values, label, title, limits=None, image=None):
+    """A flat map of a subject's values (n_vertices of the common space,); image: a picture that is shown beside it."""
+    values, outlines = np.where(flat.space.present(subject), values, np.nan), flat.outlines(OUTLINES, subject)
     widths = [3.0] * (image is not None) + [3 * flat.size[0] / flat.size[1]]  # inches
     figure = plt.figure(figsize=(sum(widths) + 1.2, 3.7), layout="constrained")
-    axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-    if image is not None:
-        axes[0].imshow(image)
-        axes[0].set_axis_off()
-    mesh = flat.draw(axes[-1], values, limits, "RdBu_r", outlines, named=True)
-    describe_maps(figure, [mesh], [axes[-1]], label, outlines)
+    *left, axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    for panel in left:
+        panel.imshow(image)
+        panel.set_axis_off()
+    mesh = flat.draw(axes, values, limits or fit_limits([values]), "RdBu_r", outlines, named=True)
+    describe_maps(figure, [mesh], [axes], label, outlines)
     figure.suptitle(title, fontsize=10, parse_math=False)
     save_figure(figure, path)
 
@@ -87,21 +83,10 @@ def save_activity(folder, predictor, latents, subject):
     for start in range(0, len(latents[0]), predictor.batch_size):
         batch = slice(start, start + predictor.batch_size)
         activity = predictor.decode([h[batch] for h in latents], subject).numpy()
-        for hemi in HEMIS:
-            arrays[hemi][batch] = activity[:, space.columns(subject, hemi)]
+        for hemi, array in arrays.items():
+            array[batch] = activity[:, space.columns(subject, hemi)]
         means.append(average_rois(activity, space, subject))
     return pd.concat(means)
-
-
-def draw_activity(folder, flat, pictures, names, activity, subject):
-    """Maps on one colour scale, and GIFTI files, of activity (n, n_vertices)."""
-    activity = np.where(flat.space.present(subject), activity, np.nan)
-    limits, outlines = fit_limits([activity]), flat.outlines(OUTLINES, subject)
-    label = "predicted activity (z)"
-    for picture, name, values in zip(pictures, names, activity):
-        image = read_picture(picture.path).image
-        save_map(folder / f"{name}.png", flat, values, limits, label, outlines, f"{name}, {folder.name}", image)
-        save_gifti(folder / name, flat.space, {label: values})
 
 
 def main():
@@ -111,17 +96,20 @@ def main():
     flat = FlatMap(predictor.space, FSAVERAGE_DIR) if len(paths) <= MAPS else None
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
         pictures, latents = predict_files(predictor, paths, failures)
-        table = pd.DataFrame(list_pictures(pictures))
-        table.to_csv(folder / "pictures.csv", index_label="row")
+        table = list_pictures(pictures)
+        table.to_csv(folder / "pictures.csv")
         for name, subject in subjects.items():
             save_arrays(folder / name, predictor.space, subject)
             means = save_activity(folder / name, predictor, latents, subject).set_axis(table["picture"])
             means = means.melt(ignore_index=False, value_name="mean").assign(subject=name)
-            path = folder / "rois.csv"
-            means.to_csv(path, mode="a", header=not path.exists(), float_format="%.7g")
+            means.to_csv(folder / "rois.csv", mode="a", header=name == [*subjects][0], float_format="%.7g")
             if flat:
-                activity = predictor.decode(latents, subject)
-                draw_activity(folder / name, flat, pictures, table["picture"], activity, subject)
+                activity, label = predictor.decode(latents, subject).numpy(), "predicted activity (z)"
+                limits = fit_limits([activity[:, predictor.space.present(subject)]])
+                for picture, stem, values in zip(pictures, table["picture"], activity):
+                    image, path = read_picture(picture.path).image, folder / name / stem
+                    save_map(f"{path}.png", flat, subject, values, label, f"{stem}, {name}", limits, image)
+                    save_gifti(path, predictor.space, subject, {label: values})
     print(f"wrote {OUTPUT_DIR}: {plural(len(pictures), 'picture')} for {', '.join(subjects)}")
     report(pictures, failures)
 

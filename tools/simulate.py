@@ -213,12 +213,10 @@ def choose_pictures(seed, n_train, n_test):
 def write_pictures(folder, splits, size, seed):
     """Write a subject's training and test pictures -> (n_images, N_CHANNELS, GRID * GRID) features."""
     photos, files = [Image.fromarray(photo) for photo in load_sample_images().images], []
-    for split, ids in zip(("training", "test"), splits):
+    for split, prefix, ids in zip(("training", "test"), ("train", "test"), splits):
         images = folder / f"{split}_split/{split}_images"
         images.mkdir(parents=True)
-        files += [
-            (i, images / f"{split.removesuffix('ing')}-{row:04d}_nsd-{i:05d}.png") for row, i in enumerate(ids, 1)
-        ]
+        files += [(i, images / f"{prefix}-{row:04d}_nsd-{i:05d}.png") for row, i in enumerate(ids, 1)]
 
     def write(file):
         nsd_id, path = file
