@@ -51,9 +51,7 @@ def fit(y, pca_dim, passes, seed):
     with torch.random.fork_rng(devices=[y.device] if y.is_cuda else []):
         torch.manual_seed(seed)
         block = min(pca_dim + max(16, pca_dim // 10), *y.shape)
-        components = torch.svd_lowrank(y, q=block, niter=passes)[2][:, :pca_dim].contiguous()
-    least, most = torch.aminmax(components, dim=0)
-    return components * torch.where(most >= -least, 1.0, -1.0)  # same sign convention as scikit-learn
+        return torch.svd_lowrank(y, q=block, niter=passes)[2][:, :pca_dim].contiguous()
 
 
 def project(data, components, mean):

@@ -46,9 +46,7 @@ def find_files():
             raise UserError(f"{FLAT_DIR} has {len(shards)} of {max(totals)} {split} shards: download the others.")
         files += shards
         if not files:
-            raise UserError(
-                f"{FLAT_DIR} has no train-*.parquet: download huggingface.co/datasets/clane9/NSD-Flat to it."
-            )
+            raise UserError(f"{FLAT_DIR} has no train-*.parquet: download huggingface.co/datasets/clane9/NSD-Flat.")
     return files
 
 

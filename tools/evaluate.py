@@ -33,7 +33,7 @@ NOISE_CEILING_DIR: str = ""  # challenge folder with ceilings for val and test; 
 OUTPUT_DIR: str = ""  # empty: evaluation_NAME_SPLIT beside the checkpoint, or evaluation in SUBMISSION
 FIGURES: bool = True  # false: scores only
 OUTLINES: str = "streams"  # ROI group outlined on flat maps; empty: none
-FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
+MESH: str = "fsaverage5"  # of flat maps, or fsaverage, 16 times finer, which nilearn downloads once
 RESAMPLES: int = 500  # of the pictures, for 95 % intervals; 0: none
 SEED: int = 0  # of the resamples and of the clustering in figure 2a
 OVERWRITE: bool = False  # replace an evaluation that exists
@@ -288,7 +288,7 @@ def main():
             print("The checkpoint was selected on the validation split, so validation scores are optimistic.")
         write_scores(folder, what, parts, reported, data.space)
         if FIGURES:
-            figures.save_all(folder, data.space, parts[0], predictor, OUTLINES, FSAVERAGE_DIR, SEED)
+            figures.save_all(folder, data.space, parts[0], predictor, OUTLINES, MESH, SEED)
             figures.write_page(folder, f"{source} on {SPLITS[split]}", number, table, parts[0], data.space, what)
     print(f"wrote {OUTPUT_DIR or output}")
 

@@ -27,9 +27,9 @@ NO_AXES = {"frame_on": False, "xticks": [], "yticks": []}
 SCORE_NAMES = {"r2": "R²", "challenge": "noise-normalised score"}
 
 
-def save_all(folder, space, part, predictor, roi_group, fsaverage_dir, seed):
+def save_all(folder, space, part, predictor, roi_group, mesh, seed):
     """Write figure_*.png. part: of evaluate.measure(). Figures 2 and 3 are of one checkpoint, not of averages."""
-    flat, figures = FlatMap(space, fsaverage_dir), {}
+    flat, figures = FlatMap(space, mesh), {}
     if predictor and len(predictor.encoders) == 1:
         [encoder], [path], [info] = predictor.encoders, predictor.paths, predictor.info
         figures["2a_pooling_maps"] = figure_2a(*pooling_exemplars(encoder, seed))

@@ -3,13 +3,11 @@ as a viewer shows it: rotated as EXIF says, transparent parts on white, the firs
 
 import glob
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image, ImageOps
 
@@ -112,15 +110,6 @@ def predict_files(predictor, paths, failures):
     if not pictures:
         raise UserError("\n".join(["none of the pictures could be read:", *failures]))
     return pictures, [torch.cat(parts) for parts in zip(*latents)]
-
-
-def list_pictures(pictures):
-    """[Picture] -> pictures.csv, a table. picture: a name that can serve in file names, whatever the file is called."""
-    rows = []
-    for row, p in enumerate(pictures):
-        name = f"{row:03d}_" + re.sub(r"[^A-Za-z0-9-]+", "_", p.path.stem)[:60]
-        rows.append((name, shown(p.path), p.width, p.height, p.note))
-    return pd.DataFrame(rows, columns=["picture", "file", "width", "height", "note"]).rename_axis("row")
 
 
 def report(pictures, failures):

@@ -1,5 +1,7 @@
 """Predict activity for your own pictures. python -m tools.predict_pictures --images photo.jpg --subject subj01,group"""
 
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ from core.files import output_folder
 from core.settings import run
 from core.space import HEMIS
 from tools.flatmap import FlatMap, describe_maps, fit_limits, save_figure
-from tools.pictures import find_pictures, list_pictures, plural, predict_files, read_picture, report
+from tools.pictures import find_pictures, plural, predict_files, read_picture, report, shown
 from tools.vertices import roi_masks
 
 IMAGES: str = ""  # files, folders and globs, separated by commas
@@ -19,7 +21,7 @@ SUBJECT: str = "all"  # names separated by commas, group (subject-agnostic), or 
 OUTPUT_DIR: str = "predictions"  # output: activity, ROI means, maps and GIFTI files, described in docs/pictures.md
 MAPS: int = 20  # draw maps and write GIFTI files for up to so many pictures; 0: never
 OUTLINES: str = "streams"  # ROI group outlined on maps; empty: none
-FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
+MESH: str = "fsaverage5"  # of flat maps, or fsaverage, 16 times finer, which nilearn downloads once
 OVERWRITE: bool = False  # replace predictions that exist
 SHARED = predict, "RUN_DIR CHECKPOINT BATCH_SIZE PRECISION DEVICE"  # set there
 
@@ -28,6 +30,15 @@ def choose_subjects(predictor):
     """SUBJECT -> {name: index, None for the group}."""
     names = [*predictor.subjects, "group"] if SUBJECT == "all" else [name.strip() for name in SUBJECT.split(",")]
     return {name: predictor.index(name) for name in names}
+
+
+def list_pictures(pictures):
+    """[Picture] -> pictures.csv, a table. picture: a name that can serve in file names, whatever the file is called."""
+    rows = []
+    for row, p in enumerate(pictures):
+        name = f"{row:03d}_" + re.sub(r"[^A-Za-z0-9-]+", "_", p.path.stem)[:60]
+        rows.append((name, shown(p.path), p.width, p.height, p.note))
+    return pd.DataFrame(rows, columns=["picture", "file", "width", "height", "note"]).rename_axis("row")
 
 
 def average_rois(activity, space, subject):
@@ -93,7 +104,7 @@ def main():
     paths, failures = find_pictures(IMAGES, OUTPUT_DIR), []
     predictor = predict.load_chosen()
     subjects = choose_subjects(predictor)
-    flat = FlatMap(predictor.space, FSAVERAGE_DIR) if len(paths) <= MAPS else None
+    flat = FlatMap(predictor.space, MESH) if len(paths) <= MAPS else None
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
         pictures, latents = predict_files(predictor, paths, failures)
         table = list_pictures(pictures)
