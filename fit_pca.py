@@ -12,6 +12,7 @@ Written to DATA_DIR/pca.pt, which load() reads. Randomised SVD: Halko et al. 201
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import prepare_data
@@ -58,7 +59,7 @@ def project(data, components, mean):
     """z* (n_samples, pca_dim) and r* (n_samples,) float32 of all samples, on the CPU."""
     latents, residual = [], []
     for start in progress(range(0, len(data.subject), CHUNK), desc="projecting"):
-        activity = torch.from_numpy(data.read_activity(slice(start, start + CHUNK)))
+        activity = torch.from_numpy(np.array(data.activity[start : start + CHUNK]))
         y = activity.to(components.device, torch.float32) - mean
         z = y @ components
         latents.append(z.cpu())
@@ -87,7 +88,7 @@ def main():
     if not 1 <= PCA_DIM <= min(len(rows), data.space.n_vertices):
         raise UserError(f"PCA_DIM is {PCA_DIM}, but there are {len(rows)} samples of {data.space.n_vertices} vertices.")
     with lock(DATA_DIR):
-        y = torch.from_numpy(data.read_activity(rows)).to(device, torch.float32)  # 10 GB at full size
+        y = torch.from_numpy(data.activity[rows]).to(device, torch.float32)  # 10 GB at full size
         mean = y.mean(0, dtype=torch.float64).float()
         y -= mean
         components = fit(y, PCA_DIM, PASSES, SEED)

@@ -329,10 +329,6 @@ class Prepared:
         chosen = self.split == SPLIT_NAMES.index(split)
         return np.flatnonzero(chosen if subject is None else chosen & (self.subject == subject))
 
-    def read_activity(self, rows):
-        """Activity of these samples: (len(rows), n_vertices) float16."""
-        return np.array(self.activity[rows])
-
 
 def load(folder):
     """DATA_DIR -> Prepared, its big arrays memory-mapped."""

@@ -36,7 +36,6 @@ def median(values):
 
 
 def median_r2(scores, subjects, name="r2"):
-    """scores: per subject R² (n_vertices of that subject,) or None -> {name: over all, name_subj01: …}."""
-    arrays = [np.array([]) if score is None else np.asarray(score) for score in scores]
-    medians = {name: median(np.concatenate(arrays))}
-    return medians | {f"{name}_{subject}": median(score) for subject, score in zip(subjects, arrays)}
+    """scores: per subject R² (n_vertices of that subject,) -> {name: over all, name_subj01: …}."""
+    medians = {f"{name}_{subject}": median(score) for subject, score in zip(subjects, scores)}
+    return {name: median(np.concatenate(scores))} | medians

@@ -65,7 +65,7 @@ class Batches:
         batch |= {name: box[self.local] for name, box in zip(IMAGE_KEYS[1:], boxes)}
         batch["subject"] = torch.from_numpy(self.data.subject[rows])
         if s.TRAIN_EMBEDDING:
-            batch["activity"] = torch.from_numpy(self.data.read_activity(rows))
+            batch["activity"] = torch.from_numpy(self.data.activity[rows])
         else:
             batch |= {"latents": self.pca.latents[rows], "residual": self.pca.residual[rows]}
         if self.stream is None:
@@ -245,12 +245,12 @@ def validate(encoders, data, images, split, batch_size, precision):
     latents = [torch.cat(parts).to(device) for parts in zip(*distributed.gather_objects([h.cpu() for h in latents]))]
     losses, r2 = [0.0] * len(encoders), [[] for _ in encoders]
     for s, r in enumerate(rows):
-        activity, where = torch.from_numpy(data.read_activity(r)).to(device), np.searchsorted(pictures, data.image[r])
+        activity, where = torch.from_numpy(data.activity[r]).to(device), np.searchsorted(pictures, data.image[r])
         for i, (encoder, h) in enumerate(zip(encoders, latents)):
             prediction = encoder.predict(h[where], s)
             losses[i] += float((prediction - activity).square().sum(dtype=torch.float64))
             finite = math.isfinite(losses[i])  # else this head fails, not the others with it
-            r2[i].append(r2_score(activity, prediction)[data.space.mask[s]] if finite else None)
+            r2[i].append(r2_score(activity, prediction)[data.space.mask[s]] if finite else [math.nan])
     n, names = sum(map(len, rows)) * data.space.n_vertices, data.space.subjects
     return [{"val_loss": loss / n} | median_r2(scores, names, "val_r2") for loss, scores in zip(losses, r2)]
 

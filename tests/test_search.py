@@ -267,7 +267,7 @@ def expected_predictions(folder, data):
         x = features[data.image[train]]
         mean, deviation = x.mean(0), x.std(0)
         model = RidgeCV(np.array(ridge.PENALTIES) * x.shape[1], alpha_per_target=True)
-        model.fit((x - mean) / deviation, data.read_activity(train)[:, mask].astype(np.float64))
+        model.fit((x - mean) / deviation, data.activity[train][:, mask].astype(np.float64))
         predictions["ridge", 0].append(model.predict((features[data.image[val]] - mean) / deviation))
     return predictions
 
@@ -279,7 +279,7 @@ def test_trunk_table_against_an_independent_computation(compared, fitted):
     logs = [read_log(compared / TINY / f"seed-{i}.jsonl") for i in range(2)]
     assert any(max(entry["val_r2"] for entry in log) > log[-1]["val_r2"] + 1e-3 for log in logs)  # the best is not last
     val = [data.samples("val", s) for s in range(3)]
-    activity = [data.read_activity(own)[:, data.space.mask[s]].astype(np.float64) for s, own in enumerate(val)]
+    activity = [data.activity[own][:, data.space.mask[s]].astype(np.float64) for s, own in enumerate(val)]
     labels = data.space.rois["streams"]["labels"].numpy()
     pictures = sorted({int(image) for own in val for image in data.image[own]})
     n = len(pictures)

@@ -93,7 +93,7 @@ def test_prepared_data_are_the_files(data_dir, subjects, challenge):
     assert data.space.subjects == list(subjects) == [f"subj{i:02d}" for i in range(1, 9)]
     for s, files in enumerate(subjects.values()):
         rows = np.flatnonzero(data.subject == s)
-        np.testing.assert_array_equal(data.read_activity(rows), files.common.astype(np.float16))
+        np.testing.assert_array_equal(data.activity[rows], files.common.astype(np.float16))
         assert np.array_equal(np.flatnonzero(data.space.mask[s]), files.present)
         assert all(np.array_equal(data.space.columns(s, h), files.columns[h]) for h in HEMIS)
         for row, path in zip(rows, files.pictures, strict=True):

@@ -6,7 +6,6 @@
 
 The last is for CPUs; prepare, pca and step time whole commands here and in another checkout, in alternation. gpu and
 run need no data and only the first packages of requirements.txt; with --device cpu they run the same code at toy size.
-A check that fails says why, and the next one begins.
 """
 
 import contextlib

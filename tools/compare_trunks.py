@@ -82,11 +82,11 @@ def score_methods(encoders, data, precision):
     resampled = defaultdict(lambda: np.full((RESAMPLES, *shape), np.nan, np.float32))
     for s, mask in enumerate(data.space.mask.numpy()):
         rows, train = data.samples("val", s), data.samples("train", s)
-        activity = torch.from_numpy(data.read_activity(rows)[:, mask]).to(device, torch.float32)
+        activity = torch.from_numpy(data.activity[rows][:, mask]).to(device, torch.float32)
         place = np.searchsorted(pictures, data.image[rows])
         predictions = {("head", i): e.predict(latents[i][place], s)[:, mask] for i, e in enumerate(encoders)}
         if RIDGE:
-            targets = torch.from_numpy(data.read_activity(train)[:, mask]).to(device, torch.float32)
+            targets = torch.from_numpy(data.activity[train][:, mask]).to(device, torch.float32)
             fitted = ridge.fit(pooled[data.image[train]].to(device), targets)
             predictions["ridge", 0] = ridge.predict(fitted, pooled[data.image[rows]].to(device))
         for key, prediction in predictions.items():

@@ -19,9 +19,6 @@ from tools.simulate import planted_fields, simulate
 
 DEMO_DIR: str = "demo"  # output
 SEED: int = 0  # of the simulated data
-N_TRAIN: int = 360  # training pictures of subj01; the others in the proportions of the challenge
-N_TEST: int = 30  # test pictures of subj01, likewise
-PICTURE_SIZE: int = 160  # px (challenge: 425)
 STEPS: int = 80  # of phase 1; phase 2 takes half as many
 
 # an untrained trunk, as weights need a network; early layers and small pictures, which are fast
@@ -40,21 +37,12 @@ def start(script, **constants):
     print(f"{script}: {time.perf_counter() - before:.0f} s", flush=True)
 
 
-def print_fields(path):
-    """How well explanations recover subj01's planted receptive fields in its early visual areas."""
-    planted, fields = planted_fields(1, seed=SEED), np.load(path)
-    early = planted["streams"] == "early"
-    r = {c: np.corrcoef(fields[c].ravel()[early], planted[c][early])[0, 1] for c in ("x", "y")}
-    print(f"Centres of planted receptive fields are recovered with r {r['x']:.2f} (x) and {r['y']:.2f} (y).")
-
-
 def main():
     with output_folder(DEMO_DIR, overwrite=True, marker="made_by_demo.txt") as folder:
         (folder / "made_by_demo.txt").write_text("The next run of the demo replaces this folder.\n")
-        print(f"simulating eight people who look at about {N_TRAIN + N_TEST} pictures each, and a ninth", flush=True)
-        sizes = dict(n_train=N_TRAIN, n_test=N_TEST, picture_size=PICTURE_SIZE, seed=SEED)
-        simulate(folder / "challenge", **sizes)
-        simulate(folder / "new_person", subjects=[9], **sizes)
+        print("simulating eight people who look at about 390 pictures each, and a ninth", flush=True)
+        simulate(folder / "challenge", picture_size=160, seed=SEED)  # px, small for speed
+        simulate(folder / "new_person", subjects=[9], picture_size=160, seed=SEED)
         for name, photo in zip(("temple", "flower"), load_sample_images().images):
             (folder / "photos").mkdir(exist_ok=True)
             Image.fromarray(photo).save(folder / f"photos/{name}.jpg")
@@ -72,7 +60,10 @@ def main():
     photos = dict(run_dir=run_dir, images=demo / "photos")
     start("tools.predict_pictures", **photos, subject="subj01,group", output_dir=demo / "predictions")
     start("tools.explain", **folders, images=demo / "photos", output_dir=demo / "explanations")
-    print_fields(demo / "explanations/fields.npz")
+    planted, fields = planted_fields(1, seed=SEED), np.load(demo / "explanations/fields.npz")
+    early = planted["streams"] == "early"
+    r = {c: np.corrcoef(fields[c].ravel()[early], planted[c][early])[0, 1] for c in ("x", "y")}
+    print(f"Centres of planted receptive fields are recovered with r {r['x']:.2f} (x) and {r['y']:.2f} (y).")
     start("prepare_data.py", challenge_dir=demo / "new_person", data_dir=demo / "new_person_data")
     start("tools.adapt", data_dir=demo / "new_person_data", run_dir=run_dir, output_dir=demo / "subj09")
     print(f"\nOpen {run_dir}/evaluation_finetuned_val/report.html: scores, the report's figures, the cortex in 3D.")

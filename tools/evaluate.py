@@ -86,7 +86,7 @@ def read_samples(data, split, s):
     parts = {"val": ["val"], "test": ["test"], "heldout": ["val", "test"]}.get(split)
     if parts:
         rows = np.concatenate([data.samples(part, s) for part in parts])
-        return data.nsd_ids[data.image[rows]], data.images[data.image[rows]], data.read_activity(rows)
+        return data.nsd_ids[data.image[rows]], data.images[data.image[rows]], data.activity[rows]
     rows = data.test_image[data.test_subject == s]
     ids, images = data.nsd_ids[rows], data.images[rows]
     if data.test_activity is not None:

@@ -41,7 +41,7 @@ def reference_r2(data, rows, person, space, prediction, columns):
         return np.full(len(columns), np.nan)
     place = find(data.space, space)[columns]
     measured = (place >= 0) & data.space.present(person)[place]
-    activity = torch.from_numpy(data.read_activity(rows)[:, place])
+    activity = torch.from_numpy(data.activity[rows][:, place])
     return np.where(measured, r2_score(activity, prediction[:, columns]), np.nan)
 
 

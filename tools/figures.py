@@ -201,8 +201,8 @@ def cortex(maps, space):
     mesh |= {"intensitymode": "cell", "intensity": buttons[0]["args"][0]["intensity"][0], "hoverinfo": "skip"}
     mesh |= {"colorscale": scale, "cmin": -100 / 9, "cmax": 100}
     mesh["colorbar"] = {"tickvals": [0, 100], "ticktext": ["0", "top"]}
-    scene = {f"{name}axis": {"visible": False} for name in "xyz"} | {"aspectmode": "data"}
-    scene["camera"] = {"eye": {"x": 0, "y": -1.6, "z": 0.4}}  # from behind
+    scene = {f"{name}axis": {"visible": False} for name in "xyz"}
+    scene |= {"aspectmode": "data", "camera": {"eye": {"x": 0, "y": -1.6, "z": 0.4}}}  # seen from behind
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.08, "yanchor": "top"}
     layout = {"scene": scene, "height": 560, "margin": {"l": 0, "r": 0, "b": 0}, "updatemenus": [menu]}
     figure = {"data": [mesh], "layout": layout}

@@ -105,8 +105,8 @@ def label_areas(cortex, rng):
 
 
 def plant(cortex, subject, vertex_step, seed):
-    """What is planted in one hemisphere of a subject -> (table with a row per vertex of the patch, rows of the
-    vertices in the challenge folder, random generator for the responses). Columns: planted_fields()'s and the tuning.
+    """What is planted in one hemisphere of a subject -> (table with a row per vertex of the patch: planted_fields()'s
+    columns and tuning; rows of the vertices in the challenge folder; random generator for the responses).
 
     Polar angle swings from the horizontal meridian in the calcarine sulcus to the vertical one at the end of V1 and
     back in V2; eccentricity grows away from the pole, field size with both.
@@ -137,10 +137,8 @@ def plant(cortex, subject, vertex_step, seed):
 
 def planted_fields(subject, vertex_step=1, seed=0):
     """What simulate() plants in a subject (1 to 9): DataFrame with a row per vertex in the challenge's order, lh first.
-
     Columns: hemi; vertex: fsaverage index; x, y, size: centre (right and down from the upper left corner) and standard
-    deviation of the receptive field in picture widths; ceiling; for each ROI group the name of the vertex's ROI.
-    """
+    deviation of the receptive field in picture widths; ceiling; for each ROI group the name of the vertex's ROI."""
     sides = [plant(Cortex(hemi), subject, vertex_step, seed) for hemi in HEMIS]
     return pd.concat([planted.iloc[kept] for planted, kept, _ in sides], ignore_index=True)
 
@@ -195,10 +193,8 @@ def picture_features(picture):
 
 
 def choose_pictures(seed, n_train, n_test):
-    """{subject: [training ids, test ids]}, each sorted; the same whichever subjects are simulated.
-
-    Everyone sees the shared pictures in the same split; apart from those no two people see the same picture.
-    """
+    """{subject: [training ids, test ids]}, each sorted. Everyone sees the shared pictures in the same split; apart from
+    those no two people see the same picture."""
     ids = iter((1 + np.random.default_rng(seed).permutation(73000)).tolist())  # NSD has 73,000
     shared = [list(islice(ids, round(SHARED * n))) for n in (n_train, n_test)]
     chosen = {subject: [] for subject in range(1, 10)}
@@ -229,11 +225,8 @@ def write_pictures(folder, splits, size, seed):
 
 
 def simulate(folder, *, subjects=range(1, 9), n_train=360, n_test=30, picture_size=425, vertex_step=1, seed=0):
-    """Write a simulated challenge folder; a subject's data do not depend on who else is simulated.
-
-    n_train, n_test: pictures of subj01, the others' in the proportions of the challenge; picture_size: px, 425 in the
-    challenge; vertex_step: keep every n-th vertex.
-    """
+    """Write a simulated challenge folder; a subject's data do not depend on who else is simulated. n_train, n_test:
+    pictures of subj01, the others' in the challenge's proportions; picture_size: px; vertex_step: every n-th vertex."""
     cortices, chosen = [Cortex(hemi) for hemi in HEMIS], choose_pictures(seed, n_train, n_test)
     for subject in subjects:
         subject_folder = Path(folder) / f"subj{subject:02d}"

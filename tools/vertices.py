@@ -1,9 +1,5 @@
-"""Areas, matching vertex spaces, the scores beside R², and bootstrap intervals over pictures.
-
-With Pearson r of a vertex over images and its noise ceiling c:
-
-challenge = min(max(r, 0)² / c, 1), a ceiling of 0 counting as 1e-14; its mean is the challenge score
-"""
+"""Areas, matching vertex spaces, the scores beside R², and bootstrap intervals over pictures. Challenge score of a
+vertex with Pearson r over images and noise ceiling c: min(max(r, 0)² / c, 1), a ceiling of 0 counting as 1e-14."""
 
 import re
 
