@@ -91,8 +91,7 @@ def main():
     if prepare_data.SPLITS == "authors":
         raise UserError("SPLITS is authors, which only the challenge folder has: expected pictures or shared.")
     made_with = {name: vars(prepare_data)[name] for name in ("SUBJECTS", "SPLITS", "SEED")} | {"SOURCE": "NSD-Flat"}
-    path = Path(prepare_data.DATA_DIR) / "prepared.pt"
-    if is_finished(path, prepare_data.FORMAT, made_with, prepare_data.OVERWRITE):
+    if is_finished(Path(prepare_data.DATA_DIR) / "prepared.pt", prepare_data.FORMAT, made_with, prepare_data.OVERWRITE):
         return
     files = find_files()
     trials = read_trials(files)

@@ -1,6 +1,7 @@
 """The report's figures 2 to 4, and one self-contained page with all results (page.html), for tools/evaluate.py."""
 
 import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from plotly.colors import get_colorscale
 from plotly.io import to_html
 from sklearn.mixture import GaussianMixture
@@ -168,7 +170,8 @@ def write_page(folder, title, number, overview, part, space, what):
     evaluate.measure(), shown on the cortex and by ROI; what: {name: value} of what made it."""
     pictures, rois = {}, {}
     for path in sorted(folder.glob("figure_*.png")):
-        pictures[path.stem.replace("_", " ")] = base64.b64encode(path.read_bytes()).decode()
+        Image.open(path).convert("RGB").save(small := io.BytesIO(), "WEBP", quality=85)
+        pictures[path.stem.replace("_", " ")] = base64.b64encode(small.getvalue()).decode()
     for subject, rows in part.table.groupby("subject", sort=False) if space.rois else ():
         wide = rows.pivot_table("score", ["roi_group", "roi"], ["prediction", "metric", "hemisphere"], sort=False)
         wide.columns = [" ".join(names).replace("r2", "R²") for names in wide.columns]

@@ -10,7 +10,6 @@ from tools.vertices import roi_labels
 
 MAP_SHAPE = (215, 200)  # rows and columns of NSD-Flat's maps, 1 mm each
 MARGIN = 8  # mm of cortex shown around the data
-ASIDE = 60  # mm that each inflated hemisphere is moved, as both lie around the origin
 FEWEST_POINTS = 20  # of an ROI in one hemisphere; smaller ones are outlined without their name
 
 
@@ -76,7 +75,7 @@ def surface_side(space, hemi, mesh, inflated):
     column[space.vertices.numpy()[columns]] = columns
     column = column[: len(points)]  # fsaverage5 has the first 10,242 vertices of fsaverage
     if inflated:
-        return points + [ASIDE if hemi == "rh" else -ASIDE, 0, 0], faces, column, grey
+        return points + [60 if hemi == "rh" else -60, 0, 0], faces, column, grey  # both lie around the origin
     points = points[:, :2]
     edges = np.linalg.norm(points[faces] - points[np.roll(faces, 1, axis=1)], axis=2).max(1)
     faces = faces[edges < 4 * np.median(edges)]  # longer ones span a cut
