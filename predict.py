@@ -20,7 +20,7 @@ from model import PICTURE_SIZE, UserError, trunk_outputs
 
 DATA_DIR: str = "data"  # prepared data
 RUN_DIR: str = "runs/base"  # input, with finetuned.pt or head.pt
-CHECKPOINT: str = ""  # files separated by commas, averaged; empty: finetuned.pt in RUN_DIR, else head.pt
+CHECKPOINT: str = ""  # files to average (adapt, explain: one), by commas; empty: finetuned.pt in RUN_DIR, else head.pt
 SUBMISSION_DIR: str = "runs/base/submission"  # output
 BATCH_SIZE: int = 64  # pictures at a time
 PRECISION: str = "auto"  # auto, bfloat16, float16 or float32

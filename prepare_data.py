@@ -28,8 +28,10 @@ from model import PICTURE_SIZE, UserError
 
 CHALLENGE_DIR: str = "challenge"  # the organisers' folder with subj01 … subj08, any subset of them
 DATA_DIR: str = "data"  # output, read by all later stages
-SUBJECTS: str = ""  # folder names separated by commas; empty: every subjNN in CHALLENGE_DIR
-SPLITS: str = "pictures"  # pictures: 85/10/5 % by picture; shared: test on pictures that all saw; authors: theirs
+SUBJECTS: str = ""  # names (folders) separated by commas; empty: every subjNN
+SPLITS: str = (
+    "pictures"  # 85/10/5 % by picture; shared: test on pictures that all saw; authors: theirs (challenge only)
+)
 SEED: int = 0  # of the splits
 OVERWRITE: bool = False  # prepare again even if DATA_DIR is complete
 

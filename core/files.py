@@ -100,8 +100,9 @@ def load_torch(path, format, command):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if content["format"] == format and content.pop("checksum") == fingerprint(content):
             return content
+        reason = "format or checksum"
     except (MemoryError, OSError):
         raise
-    except Exception:  # unpickling a damaged file raises all kinds
-        pass
-    raise UserError(f"{path} is damaged or was written by another version: run {command} again.")
+    except Exception as error:  # unpickling a damaged file raises all kinds
+        reason = str(error).partition("\n")[0][:100]
+    raise UserError(f"{path} is damaged or was written by another version ({reason}): run {command} again.")

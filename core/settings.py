@@ -66,7 +66,7 @@ def override(namespace, arguments):
         number = {"nargs": "?", "const": "true"} if kind is bool else {}
         number = {"nargs": "+"} if name.startswith("IMAGES") else number  # a shell expands *.jpg
         number |= {"dest": name, "metavar": "VALUE", "type": converter(kind), "help": help_text}
-        parser.add_argument(f"--{name.lower()}", **number)
+        parser.add_argument(*sorted({f"--{name.lower()}", f"--{name.lower().replace('_', '-')}"}), **number)
 
     def refuse(message):
         raise UserError(message)

@@ -88,8 +88,8 @@ def sum_maps(files, trials, rows, subject_of_row):
 
 
 def main():
-    if prepare_data.SPLITS == "authors":
-        raise UserError("SPLITS is authors, which only the challenge folder has: expected pictures or shared.")
+    if prepare_data.SPLITS not in ("pictures", "shared"):
+        raise UserError(f"SPLITS is {prepare_data.SPLITS}, expected pictures or shared.")
     made_with = {name: vars(prepare_data)[name] for name in ("SUBJECTS", "SPLITS", "SEED")} | {"SOURCE": "NSD-Flat"}
     if is_finished(Path(prepare_data.DATA_DIR) / "prepared.pt", prepare_data.FORMAT, made_with, prepare_data.OVERWRITE):
         return

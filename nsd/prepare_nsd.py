@@ -210,11 +210,12 @@ def write_pictures(path, rows, outputs, side=425):
 
 def main():
     output, todo = Path(CHALLENGE_DIR), choose_subjects()
-    settings = {"n_trials": TRIALS_PER_SESSION, "retrosplenial": bool(RSC_DIR)}
-    notes = {}
+    settings, notes = {"n_trials": TRIALS_PER_SESSION, "retrosplenial": bool(RSC_DIR)}, {}
     for name in [name for name in todo if (output / name).exists() and not OVERWRITE]:
         path, expected = output / name / NOTE, settings | {"sessions": todo.pop(name)}
-        notes[name] = json.loads(path.read_text()) if path.exists() else {}
+        if not path.exists():
+            raise UserError(f"{path.parent} was not written by this script: choose another CHALLENGE_DIR.")
+        notes[name] = json.loads(path.read_text())
         check_same(path.parent, {key: notes[name].get(key) for key in expected}, expected)
         print(f"{path.parent} is finished already")
     if todo:

@@ -209,7 +209,7 @@ def run_dir(build_once, data_dir):
 
 @pytest.fixture(scope="session")
 def finetuned_dir(build_once, data_dir, run_dir):
-    settings = TRAINING | dict(STEPS=5, VALIDATE_EVERY=2, LEARNING_RATE=0.001, SEED=1, DATA_DIR=data_dir)
+    settings = TRAINING | dict(STEPS=5, VALIDATE_EVERY=2, LEARNING_RATE=0.0005, SEED=6, DATA_DIR=data_dir)
 
     def build(folder):
         shutil.copytree(run_dir, folder)

@@ -140,7 +140,7 @@ def add_person(person, new, space, weight, bias):
     encoder = Encoder(person.encoder.trunk, head.with_parameters(subject_weight=weights, subject_bias=biases))
     mask = pad(space.mask, (0, 0, 0, 1))
     mask[-1, person.columns] = True
-    rois = {group: roi | {"labels": pad(roi["labels"], (0, 0, 0, 1))} for group, roi in space.rois.items()}
+    rois = {g: {"names": {**r["names"]}, "labels": pad(r["labels"], (0, 0, 0, 1))} for g, r in space.rois.items()}
     for group, own in new.rois.items():
         roi = rois.setdefault(group, {"names": {}, "labels": torch.zeros(mask.shape, dtype=torch.int16)})
         values = prepare_data.merge_labels(roi["names"], own["names"], own["labels"][0].numpy()[person.known])
@@ -179,10 +179,10 @@ def adapt(data, predictor, folder):
 def main():
     data = prepare_data.load(DATA_DIR)
     predictor = predict.load_chosen()
-    space, [path] = predictor.space, predictor.paths
+    space, [path, *more] = predictor.space, predictor.paths
     [*others, name] = data.space.subjects
-    if others or name in space.subjects:
-        raise UserError(f"{DATA_DIR} must contain exactly one person, whose name is not in {path}.")
+    if more or others or name in space.subjects:
+        raise UserError(f"{DATA_DIR} must contain exactly one person, whose name is not in CHECKPOINT, one file.")
     if not len(data.samples("val")):
         raise UserError(f"{name} has no validation pictures in {DATA_DIR}.")
     if data.space.unit != space.unit or (find(space, data.space) < 0).all():

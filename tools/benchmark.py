@@ -150,7 +150,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self, limit):
-        return "peak GPU memory", torch.cuda.max_memory_reserved() / 2**30, "GiB", limit if self.is_gpu else ""
+        return "peak GPU memory", torch.cuda.max_memory_reserved() / 2**30 or np.nan, "GiB", limit * self.is_gpu
 
 
 def say(line):

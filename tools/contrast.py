@@ -19,7 +19,7 @@ IMAGES_A: str = ""  # files, folders and globs, separated by commas
 IMAGES_B: str = ""  # the same of the condition that is subtracted
 OUTPUT_DIR: str = "contrast"  # output, described in docs/pictures.md
 OVERWRITE: bool = False  # replace a contrast that exists
-SHARED = predict_pictures, "RUN_DIR CHECKPOINT SUBJECT OUTLINES MESH BATCH_SIZE PRECISION DEVICE"  # set there
+SHARED = predict_pictures, "RUN_DIR CHECKPOINT SUBJECT OUTLINES FSAVERAGE_DIR BATCH_SIZE PRECISION DEVICE"  # set there
 
 LABELS = {"difference": "difference of predicted activity (z)", "t": "t over pictures"}  # of the maps that are drawn
 
@@ -38,7 +38,7 @@ def main():
     title = " − ".join(shown(Path(files).name) if os.path.exists(files) else letter for letter, files in images.items())
     predictor = predict.load_chosen()
     subjects, space = choose_subjects(predictor), predictor.space
-    flat = FlatMap(space, predict_pictures.MESH)
+    flat = FlatMap(space, predict_pictures.FSAVERAGE_DIR)
     failures, rois = [], []
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
         pictures, latents = zip(*[predict_files(predictor, part, failures) for part in paths])

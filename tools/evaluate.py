@@ -33,7 +33,7 @@ NOISE_CEILING_DIR: str = ""  # challenge folder with ceilings for val and test; 
 OUTPUT_DIR: str = ""  # empty: evaluation_NAME_SPLIT beside the checkpoint, or evaluation in SUBMISSION
 FIGURES: bool = True  # false: scores only
 OUTLINES: str = "streams"  # ROI group outlined on flat maps; empty: none
-MESH: str = "fsaverage5"  # of flat maps, or fsaverage, 16 times finer, which nilearn downloads once
+FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
 RESAMPLES: int = 500  # of the pictures, for 95 % intervals; 0: none
 SEED: int = 0  # of the resamples and of the clustering in figure 2a
 OVERWRITE: bool = False  # replace an evaluation that exists
@@ -114,16 +114,6 @@ def trained_pictures(infos, data, split, subject):
     return np.concatenate(trained + [info["added"].get(subject, []) for info in infos])
 
 
-def predictions(predictor, space, s, images):
-    """{"subject", "group": (n, n_vertices of the data)}; without a predictor "subject" alone, from SUBMISSION."""
-    if predictor:
-        latents, columns = predictor.latents(images), find(predictor.space, space)
-        indices = {"subject": predictor.index(space.subjects[s]), "group": None}
-        return {name: predictor.decode(latents, index)[:, columns] for name, index in indices.items()}
-    values = read_sides(Path(SUBMISSION) / space.subjects[s], "pred_test", space, s, (len(images),))
-    return {"subject": torch.from_numpy(values)}
-
-
 def choose_samples(data, split, infos):
     """What is scored -> {subject's index: (rows that the model was not trained on, *read_samples())}, {subject: number
     of rows left out}."""
@@ -152,13 +142,19 @@ def measure(data, split, predictor, infos, ceilings):
     weights = draw_pictures(len(pictures), RESAMPLES, SEED)
     maps = defaultdict(lambda: np.full(space.mask.shape, np.nan))
     resampled = defaultdict(lambda: np.full((RESAMPLES, *space.mask.shape), np.nan, np.float32))
-    known = find(predictor.space, space) >= 0 if predictor else True
+    columns = find(predictor.space, space) if predictor else np.arange(space.n_vertices)
     for s, (fresh, ids, images, activity) in samples.items():
-        present = space.present(s) & known
+        present = space.present(s) & (columns >= 0)
         y, ceiling = torch.from_numpy(activity[fresh][:, present]).float(), ceilings[s, present]
         drawn = weights[:, np.searchsorted(pictures, ids[fresh])] * (1 if len(fresh) >= FEWEST_PICTURES else np.nan)
-        for prediction, values in predictions(predictor, space, s, images).items():
-            values = values[fresh][:, present]
+        if predictor:
+            latents, own = predictor.latents(images[fresh]), predictor.index(space.subjects[s])
+            predicted = {"subject": predictor.decode(latents, own), "group": predictor.decode(latents, None)}
+        else:
+            values = read_sides(Path(SUBMISSION) / space.subjects[s], "pred_test", space, s, (len(images),))
+            predicted = {"subject": torch.from_numpy(values[fresh])}
+        for prediction, values in predicted.items():
+            values = values[:, columns[present]]
             scores = resampled_scores(y, values, torch.ones(1, len(y)), ceiling) | {"r2": r2_score(y, values).numpy()}
             for metric, repeated in resampled_scores(y, values, drawn, ceiling).items():
                 if np.isfinite(scores[metric]).any():  # no challenge score without ceilings
@@ -288,7 +284,7 @@ def main():
             print("The checkpoint was selected on the validation split, so validation scores are optimistic.")
         write_scores(folder, what, parts, reported, data.space)
         if FIGURES:
-            figures.save_all(folder, data.space, parts[0], predictor, OUTLINES, MESH, SEED)
+            figures.save_all(folder, data.space, parts[0], predictor, OUTLINES, FSAVERAGE_DIR, SEED)
             figures.write_page(folder, f"{source} on {SPLITS[split]}", number, table, parts[0], data.space, what)
     print(f"wrote {OUTPUT_DIR or output}")
 

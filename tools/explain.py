@@ -29,7 +29,7 @@ OUTPUT_DIR: str = "explanations"  # output, described in docs/explain.md
 FIGURES: int = 20  # draw explanations of up to so many pictures
 MIN_R2: float = 0.05  # vertices below are left out of fields.png
 OUTLINES: str = "prf-visualrois"  # ROI group outlined on maps; empty: none
-MESH: str = "fsaverage5"  # of flat maps, or fsaverage, 16 times finer, which nilearn downloads once
+FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
 BATCH_SIZE: int = 16  # pictures at a time
 OVERWRITE: bool = False  # replace explanations that exist
 SHARED = predict, "DATA_DIR RUN_DIR CHECKPOINT PRECISION DEVICE"  # set there
@@ -151,7 +151,7 @@ def main():
         np.savez(folder / "fields.npz", r2=r2, **fields)
         save_arrays(folder, space, subject)
         save_gifti(folder / "fields", space, subject, maps)
-        draw_fields(folder / "fields.png", FlatMap(space, MESH), maps, subject, name)
+        draw_fields(folder / "fields.png", FlatMap(space, FSAVERAGE_DIR), maps, subject, name)
         if paths:
             explained = explain_pictures(folder, paths, decomposition, predictor.precision, rois, mean_terms)
     print(f"wrote {OUTPUT_DIR}: {name}, {len(columns)} vertices, {plural(len(rows), 'reference picture')}")

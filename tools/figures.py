@@ -29,9 +29,9 @@ NO_AXES = {"frame_on": False, "xticks": [], "yticks": []}
 SCORE_NAMES = {"r2": "R²", "challenge": "noise-normalised score"}
 
 
-def save_all(folder, space, part, predictor, roi_group, mesh, seed):
+def save_all(folder, space, part, predictor, roi_group, fsaverage_dir, seed):
     """Write figure_*.png. part: of evaluate.measure(). Figures 2 and 3 are of one checkpoint, not of averages."""
-    flat, figures = FlatMap(space, mesh), {}
+    flat, figures = FlatMap(space, fsaverage_dir), {}
     if predictor and len(predictor.encoders) == 1:
         [encoder], [path], [info] = predictor.encoders, predictor.paths, predictor.info
         figures["2a_pooling_maps"] = figure_2a(*pooling_exemplars(encoder, seed))
@@ -151,10 +151,9 @@ def figure_4c(table, unit):
     figure, axes = plt.subplots(figsize=(14, 5), layout="constrained")
     for (side, colour), shift in zip(COLOURS.items(), (-0.18, 0.18)):
         own = table[f"{side[0]}h"]
-        points = axes.plot(x + shift, own, ".", color=colour, alpha=0.5)
-        bars = axes.plot(x + shift, own.median(axis=1), "_", color=colour, markersize=12, markeredgewidth=3)
-        points[0].set_label(f"one subject, {side}")
-        bars[0].set_label(f"median of the subjects, {side}")
+        axes.plot(x + shift, own, ".", color=colour, alpha=0.5)[0].set_label(f"each subject, {side}")
+        bar = dict(markersize=12, markeredgewidth=3, label=f"median, {side}")
+        axes.plot(x + shift, own.median(axis=1), "_", color=colour, **bar)
     for start in np.flatnonzero(~groups.duplicated()):
         axes.axvline(start - 0.5, color="black", linewidth=0.8)
         axes.text(start - 0.4, 1.02, groups[start], transform=axes.get_xaxis_transform())
@@ -202,11 +201,10 @@ def cortex(maps, space):
     scale += [[0.1 + 0.9 * place, colour] for place, colour in get_colorscale("Inferno")]
     mesh = {"type": "mesh3d"} | dict(zip("xyzijk", surface.points.T.tolist() + surface.faces.T.tolist()))
     mesh |= {"intensitymode": "cell", "intensity": buttons[0]["args"][0]["intensity"][0], "hoverinfo": "skip"}
-    mesh |= {"colorscale": scale, "cmin": -100 / 9, "cmax": 100}
-    mesh["colorbar"] = {"tickvals": [0, 100], "ticktext": ["0", "top"]}
+    bar = {"tickvals": [0, 100], "ticktext": ["0", "top"]}
+    mesh |= {"colorscale": scale, "cmin": -100 / 9, "cmax": 100, "colorbar": bar}
     scene = {f"{name}axis": {"visible": False} for name in "xyz"}
     scene |= {"aspectmode": "data", "camera": {"eye": {"x": 0, "y": -1.6, "z": 0.4}}}  # seen from behind
     menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.08, "yanchor": "top"}
     layout = {"scene": scene, "height": 560, "margin": {"l": 0, "r": 0, "b": 0}, "updatemenus": [menu]}
-    figure = {"data": [mesh], "layout": layout}
-    return to_html(figure, config={"responsive": True}, full_html=False, validate=False)
+    return to_html({"data": [mesh], "layout": layout}, {"responsive": True}, full_html=False, validate=False)

@@ -1,5 +1,7 @@
 """Values on the flattened cortex, drawn with matplotlib on nilearn's flat fsaverage mesh."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patheffects import withStroke
@@ -17,19 +19,19 @@ class FlatMap:
     """The visual cortex as one triangle mesh, both hemispheres side by side: points (n, 2) mm, faces (m, 3), column
     (n,): each point's column of the common space or -1, grey (n,): brightness of the cortex without data, size (2,) mm.
 
-    mesh: fsaverage5, which comes with nilearn, or fsaverage, which it downloads.
+    folder: holds {flat,curv}_{left,right}.gii.gz of full fsaverage; empty: fsaverage5, which comes with nilearn.
     inflated: the whole inflated cortex in three dimensions instead, which cannot be drawn by draw().
     """
 
-    def __init__(self, space, mesh="fsaverage5", inflated=False):
+    def __init__(self, space, folder="", inflated=False):
         self.space = space
         if space.unit == "vertices":
-            left, right = (surface_side(space, hemi, mesh, inflated) for hemi in HEMIS)
+            left, right = (surface_side(space, hemi, folder, inflated) for hemi in HEMIS)
             right = right[0], right[1] + len(left[0]), *right[2:]  # faces count points
-            parts = [np.concatenate(pair) for pair in zip(left, right)]
+            mesh = [np.concatenate(pair) for pair in zip(left, right)]
         else:
-            parts = pixels(space)
-        self.points, self.faces, self.column, self.grey = parts
+            mesh = pixels(space)
+        self.points, self.faces, self.column, self.grey = mesh
         self.left, self.size = self.points[:, 0] < 0, np.ptp(self.points, axis=0)
 
     def on_points(self, values):
@@ -65,12 +67,12 @@ class FlatMap:
         return shown
 
 
-def surface_side(space, hemi, mesh, inflated):
+def surface_side(space, hemi, folder, inflated):
     """-> points mm, faces, column and grey of one hemisphere; of the flat surface what is near the data."""
-    files, columns = datasets.fetch_surf_fsaverage(mesh), space.columns(None, hemi)
-    half = "left" if hemi == "lh" else "right"
-    points, faces = surface.load_surf_mesh(files[f"{'infl' if inflated else 'flat'}_{half}"])
-    grey = np.where(surface.load_surf_data(files[f"curv_{half}"]) > 0, 0.60, 0.74)  # sulci are darker
+    folder = Path(folder or Path(datasets.fetch_surf_fsaverage("fsaverage5")["flat_left"]).parent)
+    half, columns = "left" if hemi == "lh" else "right", space.columns(None, hemi)
+    points, faces = surface.load_surf_mesh(folder / f"{'infl' if inflated else 'flat'}_{half}.gii.gz")
+    grey = np.where(surface.load_surf_data(folder / f"curv_{half}.gii.gz") > 0, 0.60, 0.74)  # sulci are darker
     column = np.full(N_FSAVERAGE, -1)
     column[space.vertices.numpy()[columns]] = columns
     column = column[: len(points)]  # fsaverage5 has the first 10,242 vertices of fsaverage

@@ -21,7 +21,7 @@ SUBJECT: str = "all"  # names separated by commas, group (subject-agnostic), or 
 OUTPUT_DIR: str = "predictions"  # output: activity, ROI means, maps and GIFTI files, described in docs/pictures.md
 MAPS: int = 20  # draw maps and write GIFTI files for up to so many pictures; 0: never
 OUTLINES: str = "streams"  # ROI group outlined on maps; empty: none
-MESH: str = "fsaverage5"  # of flat maps, or fsaverage, 16 times finer, which nilearn downloads once
+FSAVERAGE_DIR: str = ""  # with flat_left.gii.gz … of full fsaverage; empty: fsaverage5
 OVERWRITE: bool = False  # replace predictions that exist
 SHARED = predict, "RUN_DIR CHECKPOINT BATCH_SIZE PRECISION DEVICE"  # set there
 
@@ -104,7 +104,7 @@ def main():
     paths, failures = find_pictures(IMAGES, OUTPUT_DIR), []
     predictor = predict.load_chosen()
     subjects = choose_subjects(predictor)
-    flat = FlatMap(predictor.space, MESH) if len(paths) <= MAPS else None
+    flat = FlatMap(predictor.space, FSAVERAGE_DIR) if len(paths) <= MAPS else None
     with output_folder(OUTPUT_DIR, OVERWRITE, marker="pictures.csv") as folder:
         pictures, latents = predict_files(predictor, paths, failures)
         table = list_pictures(pictures)

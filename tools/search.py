@@ -39,7 +39,6 @@ STEPS: int = 1250  # per trial, a twentieth of them warm-up: the report's short 
 OVERWRITE: bool = False  # start a new study and delete the one in RUN_DIR
 SHARED = train_head, """DATA_DIR TRUNK PRETRAINED IMAGE_SIZE CROP_SCALE BATCH_SIZE MICRO_BATCH VALIDATE_EVERY SEED
     PRECISION DEVICE"""  # fmt: skip
-
 USUAL = constants(vars(train_head))  # as the file has them
 
 
