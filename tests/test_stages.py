@@ -138,6 +138,20 @@ def test_subset_of_subjects_and_splits(challenge, subjects, tmp_path):
     assert np.array_equal(authors.split[-n:], prepare_data.split_as_authors("subj08", n))
 
 
+def test_finished_results_are_kept_or_refused(data_dir, challenge, capsys):
+    """The same settings find them finished; others are refused, with both values."""
+    before = {path: path.stat().st_mtime_ns for path in data_dir.iterdir()}
+    pca = dict(DATA_DIR=data_dir, PASSES=20, DEVICE="cpu")
+    run_stage(prepare_data, CHALLENGE_DIR=challenge, DATA_DIR=data_dir, SEED=3)
+    run_stage(fit_pca, **pca, PCA_DIM=24)
+    assert capsys.readouterr().out.count("is finished already") == 2
+    with pytest.raises(UserError, match="SEED: 3 before, 4 now"):
+        run_stage(prepare_data, CHALLENGE_DIR=challenge, DATA_DIR=data_dir, SEED=4)
+    with pytest.raises(UserError, match="PCA_DIM: 24 before, 8 now"):
+        run_stage(fit_pca, **pca, PCA_DIM=8)
+    assert {path: path.stat().st_mtime_ns for path in data_dir.iterdir()} == before
+
+
 def test_pca_is_scikit_learns(data_dir):
     data = prepare_data.load(data_dir)
     pca = fit_pca.load(data_dir, data)
