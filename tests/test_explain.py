@@ -221,3 +221,13 @@ def test_planted_fields_are_recovered(trained, tmp_path):
         np.testing.assert_allclose(angle[vertices], np.degrees(np.arctan2(y, x))[of_hemi], rtol=1e-4)
         assert np.isnan(np.delete(angle, vertices)).all()
     assert (tmp_path / "explained/fields.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name, subject", [("subj06", 5), ("group", None)])
+def test_reference_pictures(name, subject, data_dir, run_dir, tmp_path, monkeypatch):
+    """Those of the subject's own samples; for the group everyone's, each picture once."""
+    data, seen = prepare_data.load(data_dir), []
+    monkeypatch.setattr(explain, "measure_covariance", lambda _, images, *rest: seen.append(images) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_stage(explain, DATA_DIR=data_dir, RUN_DIR=run_dir, SUBJECT=name, DEVICE="cpu", OUTPUT_DIR=tmp_path / "out")
+    np.testing.assert_array_equal(seen[0], data.images[np.unique(data.image[data.samples("val", subject)])])
