@@ -135,9 +135,9 @@ def has_report_settings(data, pca):
     return all(settings[name] == value for name, value in TABLE_4_SETTINGS.items())
 
 
-def record_inputs(settings, data, pca, precision):
-    """What results rest on, to compare with an earlier run's: settings {name: value}, data, PCA and precision."""
-    inputs = {name: value for name, value in settings.items() if name not in training.FREE}
+def record_inputs(settings, data, pca, precision, *free):
+    """What results rest on, to compare with an earlier run's: settings but the free ones, data, PCA and precision."""
+    inputs = {name: value for name, value in settings.items() if name not in (*training.FREE, *free)}
     inputs |= {"precision": str(precision), "data": data.fingerprint, "pca": pca.fingerprint}
     return json.loads(json.dumps(inputs))
 
@@ -148,7 +148,7 @@ def main():
         with torch.device("meta"):
             Trunk(name, train_head.LAYERS, train_head.IMAGE_SIZE, pretrained=False)
     data, pca, device, precision = train_head.load_inputs(constants(globals()))
-    inputs = record_inputs(constants(globals()) | {"TRUNKS": ""}, data, pca, precision)
+    inputs = record_inputs(constants(globals()), data, pca, precision, "TRUNKS")
     folder, results, failures = Path(RUN_DIR), {}, []
     with lock(folder):
         for path in sorted(folder.glob("*/scores.json")):

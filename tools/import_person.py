@@ -69,7 +69,7 @@ def read_rows():
 
 
 def main():
-    rows, output = read_rows(), Path(CHALLENGE_DIR) / SUBJECT
+    rows, output, failures = read_rows(), Path(CHALLENGE_DIR) / SUBJECT, []
     paths = (LH_ACTIVITY, LH_VERTICES), (RH_ACTIVITY, RH_VERTICES)
     hemispheres = {hemi: read_hemisphere(*pair, rows) for hemi, pair in zip(HEMIS, paths)}
     by_picture = rows.groupby("picture", sort=False)
@@ -77,7 +77,6 @@ def main():
     number = pictures.groupby("split").cumcount().add(1).map("-{:05d}".format)
     ids = pictures["nsd_id"].map("_nsd-{:05.0f}".format).where(pictures["nsd_id"] >= 0, "")
     pictures["file"] = pictures["split"] + number + ids + ".png"
-    failures = []
     with output_folder(output, OVERWRITE, marker="pictures.csv") as folder:
         for split, part in pictures.groupby("split"):
             name = split.replace("train", "training")

@@ -62,8 +62,10 @@ def save_arrays(folder, space, subject, **arrays):
 
 def save_gifti(stem, space, subject, maps):
     """stem_{lh,rh}.func.gii on fsaverage. maps {name: (n_vertices of the common space,)}; NaN without a vertex."""
+    if space.unit != "vertices":
+        return
     full = predict.Activity(torch.from_numpy(np.stack([maps[name] for name in maps])), space, subject).to_fsaverage()
-    for hemi, side in {"lh": "CortexLeft", "rh": "CortexRight"}.items() if space.unit == "vertices" else ():
+    for hemi, side in {"lh": "CortexLeft", "rh": "CortexRight"}.items():
         image = gifti.GiftiImage(meta=gifti.GiftiMetaData(AnatomicalStructurePrimary=side))
         for name, array in zip(maps, full[hemi]):
             image.add_gifti_data_array(gifti.GiftiDataArray(array, "NIFTI_INTENT_NONE", meta={"Name": name}))

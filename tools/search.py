@@ -151,8 +151,8 @@ def best_score(study):
 
 def winner_command(params, folder):
     """The command line that trains the winner with train_head.py's schedule."""
-    own = {"RUN_DIR": f"{folder}_full", "STEPS": USUAL["STEPS"], "WARMUP_STEPS": USUAL["WARMUP_STEPS"]}
-    settings = trial_settings(params) | own
+    schedule = {name: USUAL[name] for name in ("STEPS", "WARMUP_STEPS")}
+    settings = trial_settings(params) | schedule | {"RUN_DIR": f"{folder}_full"}
     options = [f"--{name.lower()}={value}" for name, value in settings.items() if value != USUAL[name]]
     return shlex.join(["python", "train_head.py", *options])
 
@@ -160,14 +160,13 @@ def winner_command(params, folder):
 def main():
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # otherwise a line per trial
     data, pca, device, precision = train_head.load_inputs(constants(globals()))
-    inputs = record_inputs(constants(globals()) | {"TRIALS": "", "HEADS": ""}, data, pca, precision)
+    inputs = record_inputs(constants(globals()), data, pca, precision, "TRIALS", "HEADS")
     space, usual = search_space(pca.components.shape[1])
     training.check_settings(trial_settings({"FEATURE_DROPOUT": FEATURE_DROPOUT_RANGE[1]}))
     s, layers = train_head, ",".join(space["LAYERS"].choices)
     trunk = Trunk(s.TRUNK, layers, s.IMAGE_SIZE, s.PRETRAINED, s.SEED)
     folder = Path(RUN_DIR)
-    folder.mkdir(parents=True, exist_ok=True)
-    study_lock = filelock.FileLock(folder / ".lock")  # other processes wait for it
+    study_lock = filelock.FileLock(folder / ".lock")  # makes the folder; other processes wait for it
     with study_lock:
         study = open_study(folder, inputs)
     while True:
